@@ -1,0 +1,1 @@
+"""What a person starts and sees: the command line, the quickstart and the report."""

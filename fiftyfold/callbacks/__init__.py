@@ -1,0 +1,1 @@
+"""When: one thin Lightning callback per method."""

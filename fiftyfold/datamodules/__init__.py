@@ -1,0 +1,1 @@
+"""On what: GLUE and its augmentation."""

@@ -1,0 +1,1 @@
+"""How fast: bit packing and low-bit products."""

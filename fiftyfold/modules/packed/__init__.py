@@ -1,0 +1,1 @@
+"""Layers as they are deployed, and the folder that holds them."""

@@ -1,0 +1,92 @@
+"""Changing modules while they train: tied weights stay tied, and optimizers keep what still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def named_parameter_map(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, a tied one under its first name only."""
+    return dict(model.named_parameters())
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands below ``model``, under every alias."""
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def tied_parameter_names(model: nn.Module) -> list[list[str]]:
+    """Return the groups of names that share one parameter, each in module order."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def update_optimizer(
+    optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
+) -> None:
+    """Edit ``optimizer`` in place after a model's parameters changed.
+
+    Parameters that the model lost leave their group, and their state goes with them. A new parameter enters the group,
+    and the place, of the lost parameter whose name has the longest beginning in common with its own. Parameters that
+    never belonged to the model stay where they are. Learning-rate schedules go on undisturbed, because the groups stay
+    the same objects.
+
+    Args:
+        optimizer: any torch optimizer.
+        before: the model's parameters by name before the change.
+        after: the same afterwards.
+    """
+    kept = {id(parameter) for parameter in after.values()}
+    lost = {id(parameter): name for name, parameter in before.items() if id(parameter) not in kept}
+    old = {id(parameter) for parameter in before.values()}
+    heirs = _heirs(lost.values(), [(name, p) for name, p in after.items() if id(p) not in old])
+    for group in optimizer.param_groups:
+        parameters: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            if id(parameter) in lost:
+                parameters.extend(heirs.pop(lost[id(parameter)], []))
+                optimizer.state.pop(parameter, None)
+            else:
+                parameters.append(parameter)
+        group["params"] = parameters
+
+
+def parameter_checksum(model: nn.Module) -> torch.Tensor:
+    """Return two float64 numbers that differ between ranks whose parameters differ.
+
+    The first is the sum of all parameters, the second the same weighted by position, so that a swap shows too.
+    """
+    device = next(iter(model.parameters())).device
+    checksum = torch.zeros(2, dtype=torch.float64, device=device)
+    for position, parameter in enumerate(model.parameters(), start=1):
+        total = parameter.detach().sum(dtype=torch.float64)
+        checksum += torch.stack([total, total * position])
+    return checksum
+
+
+def _heirs(lost: Iterable[str], new: list[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    names = list(lost)
+    heirs: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in new:
+        if names:
+            nearest = max(names, key=lambda candidate: _common_parts(candidate, name))
+            heirs.setdefault(nearest, []).append(parameter)
+    return heirs
+
+
+def _common_parts(first: str, second: str) -> int:
+    count = 0
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
