@@ -1,0 +1,108 @@
+"""The console command ``fiftyfold``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fiftyfold.errors import FiftyfoldError
+
+TRAINER_COMMANDS = {
+    "fit": "train a teacher or a student from a YAML recipe",
+    "validate": "score a model on the development set",
+    "test": "score a model on the test set",
+    "predict": "write predictions",
+}
+"""Commands that Lightning's own command line carries out."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words of the command line; the process's own if None.
+
+    Returns:
+        The exit status: 0 if all went well, 1 after an error that was explained, 2 for a malformed command line,
+        130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("fiftyfold: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if not _is_explained(error):
+            raise
+        print(f"fiftyfold: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if name == "--version":
+        from fiftyfold import __version__
+
+        print(__version__)
+        return 0
+    if name in TRAINER_COMMANDS:
+        from fiftyfold.app.trainer_cli import run_trainer_command
+
+        run_trainer_command(words)
+        return 0
+    commands = _own_commands()
+    if name not in commands:
+        known = ", ".join([*commands, *TRAINER_COMMANDS])
+        raise FiftyfoldError(f"unknown command {name!r}; the commands are {known}.")
+    from jsonargparse import auto_cli
+
+    auto_cli(commands[name], args=words[1:], as_positional=True, prog=f"fiftyfold {name}")
+    return 0
+
+
+def _own_commands() -> dict[str, Callable[..., object]]:
+    from fiftyfold.app.augment import augment
+    from fiftyfold.app.compress import compress
+    from fiftyfold.app.export import export
+    from fiftyfold.app.quickstart import quickstart
+    from fiftyfold.app.report import report
+
+    return {"quickstart": quickstart, "compress": compress, "augment": augment, "export": export, "report": report}
+
+
+def _overview() -> str:
+    rows = {name: (command.__doc__ or "").strip().split("\n")[0] for name, command in _own_commands().items()}
+    rows |= TRAINER_COMMANDS
+    lines = [f"  {name:<11} {text[:1].lower()}{text[1:].rstrip('.')}" for name, text in rows.items()]
+    return "\n".join(
+        [
+            "usage: fiftyfold COMMAND ...",
+            "",
+            "Make a fine-tuned transformer up to fifty times smaller, as a file on disk, and keep its score.",
+            "",
+            *lines,
+            "",
+            "fiftyfold COMMAND --help tells what each one takes; fiftyfold --version prints the version.",
+        ]
+    )
+
+
+def _is_explained(error: Exception) -> bool:
+    """Tell whether the message alone serves the user better than a traceback."""
+    if isinstance(error, FiftyfoldError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno is not None
+    return type(error).__name__ == "MisconfigurationException"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

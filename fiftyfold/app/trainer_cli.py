@@ -1,0 +1,60 @@
+"""LightningCLI as fiftyfold uses it: ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
+
+# Imported so that recipes can name these classes without their modules.
+from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining, RandomStates
+from fiftyfold.datamodules import GLUEDataModule
+from fiftyfold.modules import DistillationModule, FineTuningModule
+
+ADDRESSABLE = (
+    DistillationModule,
+    FineTuningModule,
+    GLUEDataModule,
+    LayerPruning,
+    LayerReduction,
+    QuantizationAwareTraining,
+    RandomStates,
+)
+"""Classes that a recipe names by their bare class name."""
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI in which what the user types wins over what a checkpoint remembers."""
+
+    @override
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self._typed = parser.parse_args(args, defaults=False)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI lets the checkpoint's hyperparameters override the command line.
+        super()._parse_ckpt_path()
+        typed = self._typed.get(self.config.get("subcommand") or "", None)
+        model = typed.get("model") if typed is not None else None
+        if model is not None:
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
+
+
+def run_trainer_command(words: list[str]) -> None:
+    """Carry out one Trainer command.
+
+    Args:
+        words: the command line without the program's name, beginning with the Trainer's command.
+    """
+    sys.argv[0] = "fiftyfold"
+    TrainerCLI(
+        args=words,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        save_config_kwargs={"overwrite": True},
+    )
