@@ -1,1 +1,47 @@
-"""What: the LightningModules, the losses, the operations and the layers that they put in."""
+"""What: the LightningModules, the losses, the operations and the layers that they put in.
+
+The public names are imported when they are first used, so that loading an exported folder does not import Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fiftyfold.modules.checkpoint import load_from_checkpoint
+    from fiftyfold.modules.distillation import DistillationModule
+    from fiftyfold.modules.fine_tuning import FineTuningModule
+    from fiftyfold.modules.layer_pruning import prune_layers
+    from fiftyfold.modules.layer_reduction import reduce_layers
+    from fiftyfold.modules.packed.export import export
+    from fiftyfold.modules.packed.load import load
+    from fiftyfold.modules.quantization.quantize import quantize
+
+_HOMES = {
+    "DistillationModule": "distillation",
+    "FineTuningModule": "fine_tuning",
+    "export": "packed.export",
+    "load": "packed.load",
+    "load_from_checkpoint": "checkpoint",
+    "prune_layers": "layer_pruning",
+    "quantize": "quantization.quantize",
+    "reduce_layers": "layer_reduction",
+}
+
+__all__ = [
+    "DistillationModule",
+    "FineTuningModule",
+    "export",
+    "load",
+    "load_from_checkpoint",
+    "prune_layers",
+    "quantize",
+    "reduce_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,51 @@
+"""Which arithmetic a packed layer uses."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal, get_args
+
+from fiftyfold.errors import FiftyfoldError
+
+Path = Literal["auto", "integer", "reference"]
+"""``reference``: weights are unpacked to floats and activations are quantized as in training, so that the outputs
+equal the trained model's bit for bit. ``integer``: the products are 8-bit integers, summed exactly and scaled at the
+end; a layer that has no such form takes the reference. ``auto``, the default: integer where it is faster."""
+
+_current: Path = "auto"
+
+
+def current_path() -> Path:
+    """Return the arithmetic in force."""
+    return _current
+
+
+class use_path:  # noqa: N801 - used as a function, like torch.set_grad_enabled
+    """Choose the arithmetic of packed layers in this process, for good or for the length of a ``with`` block.
+
+    Args:
+        path: ``"auto"``, ``"integer"`` or ``"reference"``, see :data:`Path`.
+
+    Raises:
+        FiftyfoldError: if there is no such path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path not in get_args(Path):
+            raise FiftyfoldError(f"there is no arithmetic {path!r}; choose one of {', '.join(get_args(Path))}.")
+        self._before = current_path()
+        _set(path)
+
+    def __enter__(self) -> None:
+        """Keep the path that the constructor set."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Go back to the path that was in force before."""
+        _set(self._before)
+
+
+def _set(path: Path) -> None:
+    global _current  # noqa: PLW0603 - one setting for every thread, as a pipeline may run the model in another
+    _current = path
