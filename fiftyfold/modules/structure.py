@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.surgery import named_parameter_map, update_optimizer
@@ -66,6 +67,20 @@ def attach_structure(model: nn.Module) -> None:
 def has_structure(model: nn.Module) -> bool:
     """Tell whether ``model`` itself carries a log (an empty one counts)."""
     return hasattr(model, _LOG_ATTRIBUTE)
+
+
+def compression_root(module: nn.Module) -> nn.Module:
+    """Find the part of ``module`` that carries, or is to carry, the log.
+
+    That is the one part that carries a log already; else the one topmost transformers model that has something to
+    train, so that its names are those of the exported folder; else ``module`` itself.
+    """
+    carriers = [child for child in module.modules() if has_structure(child)]
+    if len(carriers) == 1:
+        return carriers[0]
+    models = list(dict.fromkeys(_topmost_transformers(module)))
+    trained = [model for model in models if any(parameter.requires_grad for parameter in model.parameters())]
+    return trained[0] if len(trained) == 1 else module
 
 
 def check_order(log: Iterable[Operation], names: Iterable[str]) -> None:
@@ -200,6 +215,14 @@ def _carry_out(model: nn.Module, operation: Operation) -> None:
     if name not in _REPLAYS:
         raise FiftyfoldError(f"unknown operation {name!r}; known: {', '.join(sorted(_REPLAYS))}.")
     _REPLAYS[name](model, operation)
+
+
+def _topmost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _topmost_transformers(child)
 
 
 def _describe(log: list[Operation]) -> str:
