@@ -1,0 +1,85 @@
+"""Fine-tuning: how a teacher is made, and the baseline without distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
+
+
+class FineTuningModule(TaskModule):
+    """Trains a transformers model on the labels of a task.
+
+    Args:
+        model: a folder or hub id. A missing classifier is made anew, and so is one whose number of labels differs.
+        num_labels: number of classes, 1 for regression; by default what the model's configuration says.
+        optimizer: makes the optimizer from parameter groups.
+        weight_decay: decay of the weight matrices; biases and normalisation weights have none.
+        warmup: share of the training over which the learning rate rises before it falls to zero.
+
+    Raises:
+        FiftyfoldError: if the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_labels: int | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5),
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer, weight_decay, warmup)
+        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=self._unstorable_hyperparameters())
+        # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
+        self.model = load_classifier(model, "model", num_labels).train()
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The model."""
+        return self.model
+
+    def training_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss against the labels."""
+        return {"loss": label_loss(self(batch), batch["labels"])}
+
+
+def load_classifier(source: str, role: str, num_labels: int | None = None, **options: object) -> PreTrainedModel:
+    """Load a model for sequence classification.
+
+    Args:
+        source: a folder or hub id.
+        role: how messages call the model.
+        num_labels: number of labels; None for what the configuration says.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        FiftyfoldError: if there is no such model or it cannot be read.
+    """
+    local = Path(source).expanduser()
+    place = str(local) if local.is_dir() else source
+    try:
+        config = AutoConfig.from_pretrained(place)
+        other_head = num_labels is not None and num_labels != config.num_labels
+        if other_head:
+            config.num_labels = num_labels
+        if num_labels == 1:
+            config.problem_type = "regression"
+        # A head of another size is made anew. Only then may shapes differ: elsewhere a difference means a damaged or
+        # packed file, which must not come up as random weights.
+        return AutoModelForSequenceClassification.from_pretrained(
+            place, config=config, ignore_mismatched_sizes=other_head, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FiftyfoldError(
+            f"the {role} {source!r} cannot be loaded as a transformers classifier ({reason}); give a folder that "
+            "save_pretrained wrote, or a hub id."
+        ) from error
