@@ -1,0 +1,318 @@
+"""GLUEDataModule: any GLUE task, from local files or from the hub, as padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fiftyfold.datamodules.glue_files import Rows, find_files, read_file, rows_from_records
+from fiftyfold.datamodules.glue_tasks import GLUETask, get_task
+from fiftyfold.datamodules.stateful_loader import StatefulLoader, plan_evaluation_batches, plan_training_batches
+from fiftyfold.datamodules.token_cache import (
+    PaddingCollator,
+    cached_tokens,
+    default_cache_folder,
+    file_digest,
+    token_lengths,
+)
+from fiftyfold.errors import FiftyfoldError
+
+HUB_DATASET = "nyu-mll/glue"
+"""The hub's copy of GLUE, one configuration per task."""
+
+_TRAINING_STAGES = ("fit", "validate")
+
+
+class GLUEDataModule(LightningDataModule):
+    """One GLUE task, tokenised.
+
+    Batches are dictionaries of ``input_ids``, ``attention_mask`` and, where the tokenizer gives them,
+    ``token_type_ids``, each ``[batch, longest in the batch]``, with ``labels`` ``[batch]`` (class ids, or scores from
+    0 to 5 for STS-B) where the split has labels. Training batches come in an order fixed by seed and epoch, and a
+    training resumes in mid-epoch at the next batch. Validation batches hold examples of similar length; prediction
+    keeps the order of the file.
+
+    ``validate`` reads the development set. GLUE keeps its test labels to itself: ``test`` reads the test set if your
+    copy has labels, else the development set; ``predict`` reads the test set if there is one, else the development
+    set.
+
+    Args:
+        task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte``, ``wnli``, or ``ax`` (the
+            diagnostic set: only ``test`` and ``predict``).
+        tokenizer: a folder or a hub id, or a tokenizer.
+        data: a folder in GLUE's form, or one with the task's own files (``train`` and ``dev``, ``.tsv``, ``.csv``,
+            ``.jsonl`` or ``.parquet``); None fetches the task from the hub.
+        batch_size: training examples per batch and process.
+        eval_batch_size: examples per batch elsewhere.
+        max_length: longest input in tokens; None gives 64 for single sentences and 128 for pairs.
+        num_workers: processes that prepare batches in advance. Batches take about a millisecond, so 0 is mostly best.
+        limit_train: train on so many examples only, chosen by the seed.
+        augmented: a file written by the augmentation; trained on in place of the training set, which it contains.
+        group_by_length: whether a training batch holds examples of similar length, which saves padding.
+        seed: fixes the order of the training examples.
+        cache_dir: where tokens are kept; None gives ``~/.cache/fiftyfold``.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        tokenizer: str | PreTrainedTokenizerBase,
+        data: str | None = None,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        max_length: int | None = None,
+        num_workers: int = 0,
+        limit_train: int | None = None,
+        augmented: str | None = None,
+        group_by_length: bool = False,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.task = get_task(task)
+        self.data = data
+        self.batch_size = _at_least_one("batch_size", batch_size)
+        self.eval_batch_size = _at_least_one("eval_batch_size", eval_batch_size)
+        self.max_length = _at_least_one("max_length", max_length) if max_length else self.task.max_length
+        self.num_workers = num_workers
+        self.limit_train = _at_least_one("limit_train", limit_train) if limit_train is not None else None
+        self.augmented = augmented
+        self.group_by_length = group_by_length
+        self.seed = seed
+        self.cache_folder = Path(cache_dir) if cache_dir else default_cache_folder()
+        self._tokenizer = tokenizer
+        self._splits: dict[str, datasets.Dataset] = {}
+        self._sources: dict[str, tuple[str, Callable[[], Rows]]] | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes; 1 for STS-B."""
+        return self.task.num_labels
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token (GPT-2's and LLaMA's get their end-of-text token for it).
+
+        Raises:
+            FiftyfoldError: if the folder or hub id gives no tokenizer.
+        """
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = _load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenise what the coming stage needs, into the cache. Runs in one process per machine."""
+        stage = self.trainer.state.fn.value if self.trainer and self.trainer.state.fn else "fit"
+        self.setup(stage)
+
+    def setup(self, stage: str) -> None:
+        """Load what a stage needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            FiftyfoldError: if a file is missing or wrong; the message names it.
+        """
+        if stage == "fit":
+            self._load_all(self.task.train_splits, "train")
+        if stage in _TRAINING_STAGES or not self._load_some(self.task.test_splits):
+            self._load_validation()
+        elif stage == "test" and self.task.validation_splits and not self._labelled_test_splits():
+            self._load_validation()
+
+    def train_dataloader(self) -> StatefulLoader:
+        """Return the loader of the training set."""
+        tokens = self._splits["train"]
+        shuffle = not (self.trainer and self.trainer.overfit_batches > 0)
+        plan = partial(
+            _plan_epoch,
+            examples=len(tokens),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            lengths=token_lengths(tokens) if self.group_by_length else None,
+            **self._place(),
+        )
+        signature: dict[str, int | bool] = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "examples": len(tokens),
+            "processes": self._place()["world_size"],
+            "group_by_length": self.group_by_length,
+        }
+        return self._loader(tokens, plan, signature)
+
+    def val_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
+        """Return the loader of the development set; one for each in MNLI."""
+        return self._evaluation_loaders(self._loaded(self.task.validation_splits), sort=True)
+
+    def test_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
+        """Return the loader of the labelled test set, or of the development set."""
+        splits = self._labelled_test_splits() or self._loaded(self.task.validation_splits)
+        if not splits:
+            raise FiftyfoldError(f"This copy of {self.task.name} has no labels to test with; use predict instead.")
+        return self._evaluation_loaders(splits, sort=True)
+
+    def predict_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
+        """Return the loader of the test set, or of the development set, in the order of its file."""
+        splits = self._loaded(self.task.test_splits) or self._loaded(self.task.validation_splits)
+        return self._evaluation_loaders(splits, sort=False)
+
+    def _load_all(self, splits: tuple[str, ...], name: str) -> None:
+        if not splits or not self._load_some(splits):
+            where = self.data or HUB_DATASET
+            raise FiftyfoldError(
+                f"{where} has no {name} set for {self.task.name}; add its file or choose another task."
+            )
+
+    def _load_validation(self) -> None:
+        self._load_all(self.task.validation_splits, "development")
+        names = dict(zip(self.task.validation_splits, self.task.validation_names, strict=True))
+        present = self._loaded(self.task.validation_splits)
+        self.task = replace(
+            self.task, validation_splits=present, validation_names=tuple(names[split] for split in present)
+        )
+
+    def _load_some(self, splits: tuple[str, ...]) -> bool:
+        sources = self._find_sources()
+        for split in splits:
+            if split in sources and split not in self._splits:
+                self._splits[split] = self._load_split(split)
+        return bool(self._loaded(splits))
+
+    def _load_split(self, split: str) -> datasets.Dataset:
+        digest, read = self._find_sources()[split]
+        tokens = cached_tokens(
+            read,
+            self.tokenizer,
+            source_digest=digest,
+            task=self.task.name,
+            split=split,
+            max_length=self.max_length,
+            cache_folder=self.cache_folder,
+        )
+        if split == "train" and self.limit_train is not None and self.limit_train < len(tokens):
+            chosen = np.random.default_rng(self.seed).permutation(len(tokens))[: self.limit_train]
+            tokens = tokens.select(np.sort(chosen))
+        return tokens
+
+    def _loaded(self, splits: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(split for split in splits if split in self._splits)
+
+    def _labelled_test_splits(self) -> tuple[str, ...]:
+        return tuple(s for s in self._loaded(self.task.test_splits) if "labels" in self._splits[s].column_names)
+
+    def _find_sources(self) -> dict[str, tuple[str, Callable[[], Rows]]]:
+        if self._sources is None:
+            found = _local_sources(self.data, self.task) if self.data is not None else _hub_sources(self.task)
+            if self.augmented is not None:
+                path = Path(self.augmented)
+                found["train"] = _file_source(path, self.task, labelled=True)
+            self._sources = found
+        return self._sources
+
+    def _evaluation_loaders(self, splits: tuple[str, ...], *, sort: bool) -> StatefulLoader | list[StatefulLoader]:
+        loaders = [self._evaluation_loader(self._splits[split], sort=sort) for split in splits]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def _evaluation_loader(self, tokens: datasets.Dataset, *, sort: bool) -> StatefulLoader:
+        batches = plan_evaluation_batches(
+            len(tokens), self.eval_batch_size, lengths=token_lengths(tokens) if sort else None, **self._place()
+        )
+        return self._loader(tokens, partial(_same_every_epoch, batches), {})
+
+    def _loader(
+        self, tokens: datasets.Dataset, plan: Callable[[int], list[list[int]]], signature: dict[str, int | bool]
+    ) -> StatefulLoader:
+        pad_token_id = self.tokenizer.pad_token_id
+        collate = PaddingCollator(
+            pad_token_id, regression=self.task.is_regression, pad_left=self.tokenizer.padding_side == "left"
+        )
+        return StatefulLoader(
+            tokens,
+            plan,
+            collate,
+            signature=signature,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _place(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+
+def _plan_epoch(epoch: int, **arguments: Any) -> list[list[int]]:
+    return plan_training_batches(epoch=epoch, **arguments)
+
+
+def _same_every_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
+    return batches
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise FiftyfoldError(f"{name} is {value}, but must be at least 1.")
+    return value
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FiftyfoldError(
+            f"No tokenizer could be loaded from {name!r} ({reason}); give a folder that holds tokenizer.json, or a hub"
+            " id."
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise FiftyfoldError(f"The tokenizer {name!r} has neither a padding nor an end token; set its pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _local_sources(folder: str, task: GLUETask) -> dict[str, tuple[str, Callable[[], Rows]]]:
+    return {
+        split: _file_source(path, task, labelled=split not in task.test_splits)
+        for split, path in find_files(folder, task).items()
+    }
+
+
+def _file_source(path: Path, task: GLUETask, *, labelled: bool) -> tuple[str, Callable[[], Rows]]:
+    if not path.is_file():
+        raise FiftyfoldError(f"The file {path} does not exist; check its name.")
+    return file_digest(path) + path.suffix, partial(read_file, path, task, labelled=labelled)
+
+
+def _hub_sources(task: GLUETask) -> dict[str, tuple[str, Callable[[], Rows]]]:
+    try:
+        splits = datasets.load_dataset(HUB_DATASET, task.name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FiftyfoldError(
+            f"{task.name} could not be fetched from {HUB_DATASET} ({str(error).strip().split(chr(10))[0]}); go online,"
+            " or give data a folder with the task's files."
+        ) from error
+    return {split: (rows._fingerprint, partial(_read_hub, rows, task, split)) for split, rows in splits.items()}
+
+
+def _read_hub(rows: datasets.Dataset, task: GLUETask, split: str) -> Rows:
+    return rows_from_records(
+        enumerate(rows, start=1),
+        rows.column_names,
+        task,
+        source=f"{HUB_DATASET} {task.name} {split}",
+        labelled=split not in task.test_splits,
+    )
