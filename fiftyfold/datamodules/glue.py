@@ -29,8 +29,6 @@ from fiftyfold.errors import FiftyfoldError
 HUB_DATASET = "nyu-mll/glue"
 """The hub's copy of GLUE, one configuration per task."""
 
-_TRAINING_STAGES = ("fit", "validate")
-
 
 class GLUEDataModule(LightningDataModule):
     """One GLUE task, tokenised.
@@ -126,10 +124,13 @@ class GLUEDataModule(LightningDataModule):
         """
         if stage == "fit":
             self._load_all(self.task.train_splits, "train")
-        if stage in _TRAINING_STAGES or not self._load_some(self.task.test_splits):
+        if stage in ("fit", "validate") or not self._can_do_without_validation(stage):
             self._load_validation()
-        elif stage == "test" and self.task.validation_splits and not self._labelled_test_splits():
-            self._load_validation()
+
+    def _can_do_without_validation(self, stage: str) -> bool:
+        if not self._load_some(self.task.test_splits):
+            return False
+        return stage == "predict" or bool(self._labelled_test_splits()) or not self.task.validation_splits
 
     def train_dataloader(self) -> StatefulLoader:
         """Return the loader of the training set."""

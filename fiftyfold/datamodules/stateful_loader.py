@@ -99,11 +99,15 @@ def _sort(indices: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.nd
 
 
 class _Epoch:
-    """Which epoch it is; Lightning calls ``set_epoch`` on a loader's ``sampler`` before each one."""
+    """Which epoch it is; Lightning calls ``loader.batch_sampler.sampler.set_epoch`` before each one."""
 
     def __init__(self) -> None:
         self.number = 0
         self.batches_done = 0
+
+    @property
+    def sampler(self) -> _Epoch:
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.number:
@@ -145,7 +149,7 @@ class StatefulLoader:
         self.signature = signature
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.sampler = _Epoch()
+        self.batch_sampler = self._epoch = _Epoch()
         self._length = len(plan(0))
         self._resume_at = 0
 
@@ -154,20 +158,20 @@ class StatefulLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to yield next. Lightning does this by itself."""
-        self.sampler.set_epoch(epoch)
+        self._epoch.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator looks at the epoch when its first batch is asked for: Lightning names the epoch after iter().
-        start = self._resume_at if self.sampler.batches_done == self._resume_at else 0
+        start = self._resume_at if self._epoch.batches_done == self._resume_at else 0
         self._resume_at = 0
-        self.sampler.batches_done = start
-        for batch in self._load(self.plan(self.sampler.number)[start:]):
-            self.sampler.batches_done += 1
+        self._epoch.batches_done = start
+        for batch in self._load(self.plan(self._epoch.number)[start:]):
+            self._epoch.batches_done += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of its batches already yielded, and the signature."""
-        return {"epoch": self.sampler.number, "batches": self.sampler.batches_done, "signature": dict(self.signature)}
+        return {"epoch": self._epoch.number, "batches": self._epoch.batches_done, "signature": dict(self.signature)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch that a former loader yielded.
@@ -177,8 +181,8 @@ class StatefulLoader:
         """
         if 0 < state["batches"] < len(self):
             self._check_signature(state["signature"])
-        self.sampler.number = state["epoch"]
-        self.sampler.batches_done = self._resume_at = state["batches"]
+        self._epoch.number = state["epoch"]
+        self._epoch.batches_done = self._resume_at = state["batches"]
 
     def _check_signature(self, saved: dict[str, int | bool]) -> None:
         changed = [
@@ -199,7 +203,7 @@ class StatefulLoader:
                 yield {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
             return
         # A DataLoader without a generator of its own draws a number from torch's global one.
-        generator = torch.Generator().manual_seed(self.sampler.number)
+        generator = torch.Generator().manual_seed(self._epoch.number)
         yield from DataLoader(
             _Batches(self.source, self.collate, batches),
             batch_size=None,
