@@ -1,0 +1,244 @@
+"""Layers that quantize their weight and their input as they compute, put in where a dense layer stands.
+
+A quantized layer is the dense layer itself with another class: its parameters, hooks, name and aliases stay what they
+are, so optimizers and distributed wrappers notice nothing. It is *dormant*, exactly the dense layer, until it gets its
+settings. The settings are a plain attribute, because averaged copies of a model average buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.quantization.quantizers import (
+    check_shape,
+    dequantize_weight,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    quantize_weight,
+)
+from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings
+
+RANGE_MOMENTUM = 0.95
+"""Share of the old range that each training batch leaves, when ranges are static (XTC's code)."""
+
+RANGE_BUFFERS = ("activation_low", "activation_high")
+"""Names of a static range's buffers: float32 scalars, both 0 until a training batch was observed."""
+
+
+class QuantizedLayer(nn.Module):
+    """What quantized layers have in common.
+
+    Attributes:
+        settings: how the layer is quantized; ``None`` while it is dormant.
+    """
+
+    weight: torch.Tensor
+    activation_low: torch.Tensor
+    activation_high: torch.Tensor
+    settings: LayerSettings | None = None
+
+    def canonical_weight(self) -> torch.Tensor:
+        """Return the latent weight as (output channels or rows, inputs)."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Return the dense layer's description, and the settings."""
+        return f"{super().extra_repr()}, settings={self.settings}"
+
+    def _active_settings(self) -> LayerSettings:
+        if self.settings is None:
+            raise FiftyfoldError(f"this {type(self).__name__} is not quantized yet; call quantize first.")
+        return self.settings
+
+    def _fake_quantized_weight(self) -> torch.Tensor:
+        return fake_quantize_weight(self.canonical_weight(), self._active_settings().weight)
+
+    def _fake_quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        settings = self._active_settings().activation
+        if settings is None or x.numel() == 0:
+            return x
+        if settings.range == "dynamic":
+            return fake_quantize_activation(x, settings)
+        return fake_quantize_activation(x, settings, *self._static_range(x, settings))
+
+    @torch.no_grad()
+    def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the range to use, and observe ``x`` while training; before any observation, the range of ``x``."""
+        stored = (self.activation_low, self.activation_high)
+        # Chosen without a branch on the values, which would stop a GPU and break a compiled graph.
+        unobserved = stored[0] == stored[1]
+        found = [bound.float() for bound in x.aminmax()]
+        if settings.clip is not None:
+            found = [bound.clamp(-settings.clip, settings.clip) for bound in found]
+        if self.training:
+            for old, new in zip(stored, found, strict=True):
+                old.copy_(torch.where(unobserved, new, torch.lerp(new, old.float(), RANGE_MOMENTUM)))
+            return stored
+        low, high = (torch.where(unobserved, new, old.float()) for old, new in zip(stored, found, strict=True))
+        return low, high
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.settings is None:
+            for name in RANGE_BUFFERS:
+                if name in self._buffers:
+                    state_dict.setdefault(prefix + name, self._buffers[name])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """``nn.Linear`` with a quantized weight and input."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output: (…, inputs) → (…, outputs)."""
+        if self.settings is None:
+            return super().forward(input)
+        return F.linear(self._fake_quantized_input(input), self._fake_quantized_weight(), self.bias)
+
+
+class QuantizedConv1D(QuantizedLayer, Conv1D):
+    """GPT-2's ``Conv1D``, a linear layer whose weight is stored as (inputs, outputs)."""
+
+    bias: torch.Tensor
+
+    def canonical_weight(self) -> torch.Tensor:
+        """Return the latent weight as (outputs, inputs), a view."""
+        return self.weight.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output: (…, inputs) → (…, outputs)."""
+        if self.settings is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return F.linear(self._fake_quantized_input(x), self._fake_quantized_weight(), self.bias)
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """``nn.Embedding`` with a scale for each row; only the rows that are looked up are quantized."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows: (…) integers → (…, features)."""
+        if self.settings is None:
+            return super().forward(input)
+        # Renormalization and sparse gradients need the lookup to happen on the parameter itself.
+        if input.numel() <= self.num_embeddings or self.max_norm is not None or self.sparse:
+            rows = super().forward(input)
+            if rows.numel() == 0:
+                return rows
+            return fake_quantize_weight(rows.reshape(-1, self.embedding_dim), self.settings.weight).view(rows.shape)
+        table = self._fake_quantized_weight()
+        return F.embedding(input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+_QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
+    Conv1D: QuantizedConv1D,
+}
+_DENSE = {quantized: dense for dense, quantized in _QUANTIZED.items()}
+
+
+def is_eligible(module: nn.Module) -> bool:
+    """Tell whether ``module`` can be quantized, or is already.
+
+    Subclasses of the dense layers compute in ways of their own and are left alone.
+    """
+    return type(module) in _QUANTIZED or type(module) in _DENSE
+
+
+def install(module: nn.Module, activation: ActivationSettings | None = None) -> None:
+    """Make ``module`` a dormant quantized layer; one that is installed already keeps its state.
+
+    Args:
+        module: an eligible layer.
+        activation: the settings that will come; a static range needs its buffers before the model is wrapped.
+
+    Raises:
+        FiftyfoldError: if the layer cannot be quantized.
+    """
+    if not is_eligible(module):
+        raise FiftyfoldError(f"a {type(module).__name__} cannot be quantized; only Linear, Embedding and Conv1D can.")
+    if type(module) in _QUANTIZED:
+        module.__class__ = _QUANTIZED[type(module)]
+    static = activation is not None and activation.range == "static"
+    for name in RANGE_BUFFERS:
+        if static and name not in module._buffers:
+            module.register_buffer(name, torch.zeros((), dtype=torch.float32, device=_weight(module).device))
+
+
+def activate(module: nn.Module, settings: LayerSettings) -> None:
+    """Quantize ``module`` from now on; earlier settings are replaced, observed ranges are kept.
+
+    Raises:
+        FiftyfoldError: if the layer cannot be quantized in this way.
+    """
+    check_settings(module, settings)
+    install(module, settings.activation)
+    if settings.activation is None or settings.activation.range != "static":
+        _remove_ranges(module)
+    module.settings = settings  # type: ignore[assignment]
+
+
+def check_settings(module: nn.Module, settings: LayerSettings) -> None:
+    """Refuse settings that do not fit a layer, dense or quantized.
+
+    Raises:
+        FiftyfoldError: if groups do not fit the weight, or an embedding is not to have a scale for each row.
+    """
+    if isinstance(module, nn.Embedding) and (settings.weight.granularity != "per_channel" or settings.activation):
+        raise FiftyfoldError("an embedding is quantized per row ('per_channel'), without its input.")
+    rows, columns = _weight(module).shape
+    check_shape((columns, rows) if isinstance(module, Conv1D) else (rows, columns), settings.weight)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Yield the layers of ``model`` that are quantized now, with their names; dormant ones are left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.settings is not None:
+            yield name, module
+
+
+def remove_quantization(model: nn.Module) -> None:
+    """Turn all quantized layers of ``model`` back into dense ones, with their latent weights."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            _remove_ranges(module)
+            module.__dict__.pop("settings", None)
+            module.__class__ = _DENSE[type(module)]  # type: ignore[assignment]
+
+
+def leave_fused_paths(model: nn.Module) -> None:
+    """Keep torch's encoder layers from computing with the latent weights of quantized layers inside them.
+
+    In evaluation, ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to one fused operation and
+    never calls the layers; without the mark for a known activation function it calls them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and any(True for _ in quantized_layers(layer)):
+            layer.activation_relu_or_gelu = 0
+
+
+def codes_and_scale(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the int8 codes (outputs or rows, inputs) and float16 scales that a quantized layer computes with."""
+    return quantize_weight(layer.canonical_weight(), layer._active_settings().weight)
+
+
+def effective_weight(layer: QuantizedLayer) -> torch.Tensor:
+    """Return the weight that a quantized layer computes with, (outputs or rows, inputs), in the weight's type."""
+    return dequantize_weight(*codes_and_scale(layer), layer.weight.dtype)
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _remove_ranges(module: nn.Module) -> None:
+    for name in RANGE_BUFFERS:
+        module._buffers.pop(name, None)

@@ -1,0 +1,147 @@
+"""Choosing the layers to quantize, by their place in the model or by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.quantization.layers import is_eligible
+
+Targets = str | Sequence[str]
+
+_COMPILED = "_orig_mod"
+_HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "cls"})
+_EXAMPLES = 5
+
+
+def find_targets(model: nn.Module, targets: Targets = "default", exclude: Targets = ()) -> list[str]:
+    """Find the layers to quantize.
+
+    Args:
+        model: any module.
+        targets: ``"default"``: every Linear, Embedding and Conv1D, but for the task heads of transformers models;
+            ``"xtc"``: the linear layers of the stacked layers, and the word embeddings (Wu et al., 2022); otherwise
+            regular expressions, one of which must be found in a layer's name.
+        exclude: regular expressions; a layer whose name has one of them is left out.
+
+    Returns:
+        Names in the order of the model, without the parts that compiling adds. Layers that share a weight with a
+        chosen one are chosen as well, so that a tied output layer reads what the embedding reads.
+
+    Raises:
+        FiftyfoldError: if nothing is found, or a pattern is wrong or finds nothing.
+    """
+    eligible = {name: module for name, module in named_layers(model) if is_eligible(module)}
+    if not eligible:
+        raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to quantize.")
+    if targets == "default":
+        chosen = set(eligible) - _frozen_models(model) - _task_heads(model)
+    elif targets == "xtc":
+        chosen = _xtc(model, eligible) - _frozen_models(model) - _task_heads(model)
+    else:
+        chosen = _matching("targets", targets, eligible)
+    chosen |= _sharing_weight(chosen, eligible)
+    if exclude:
+        chosen -= _matching("exclude", exclude, eligible)
+    if not chosen:
+        raise FiftyfoldError(
+            f"targets {targets!r} without exclude {exclude!r} leave nothing to quantize in {type(model).__name__}; "
+            f"its layers are {_examples(eligible)}."
+        )
+    return [name for name in eligible if name in chosen]
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules below ``model`` by name, without the parts that compiling adds to names."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != _COMPILED), module
+
+
+def share_weight(layers: dict[str, nn.Module]) -> list[list[str]]:
+    """Return the groups of names in ``layers`` whose layers share one weight."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.weight), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _sharing_weight(chosen: set[str], eligible: dict[str, nn.Module]) -> set[str]:
+    return {name for group in share_weight(eligible) if chosen.intersection(group) for name in group}
+
+
+def _matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            matches = {name for name in eligible if re.search(pattern, name)}
+        except (re.error, TypeError) as error:
+            raise FiftyfoldError(f"{argument}: {pattern!r} is not a regular expression ({error}).") from error
+        if not matches:
+            raise FiftyfoldError(f"{argument}: no layer's name has {pattern!r}; there are {_examples(eligible)}.")
+        found |= matches
+    return found
+
+
+def _xtc(model: nn.Module, eligible: dict[str, nn.Module]) -> set[str]:
+    stacks = [f"{name}." for name, module in named_layers(model) if isinstance(module, nn.ModuleList)]
+    linears = {
+        name
+        for name, module in eligible.items()
+        if not isinstance(module, nn.Embedding) and name.startswith(tuple(stacks))
+    }
+    return linears | _word_embeddings(model, eligible)
+
+
+def _word_embeddings(model: nn.Module, eligible: dict[str, nn.Module]) -> set[str]:
+    """Find the input embeddings of transformers models; of another model, its largest embedding."""
+    inputs = [module.get_input_embeddings() for _, module in _transformers_models(model)]
+    if not inputs:
+        embeddings = [module for module in eligible.values() if isinstance(module, nn.Embedding)]
+        inputs = sorted(embeddings, key=lambda embedding: -embedding.num_embeddings)[:1]
+    return {name for name, module in eligible.items() if any(module is embedding for embedding in inputs)}
+
+
+def _task_heads(model: nn.Module) -> set[str]:
+    """Return the names of all modules of transformers models that do not belong to the backbone."""
+    heads: set[str] = set()
+    for prefix, whole in _transformers_models(model):
+        backbone = whole.base_model
+        inside = {id(module) for module in backbone.modules()}
+        for name, module in named_layers(whole):
+            outside = id(module) not in inside if backbone is not whole else name.split(".")[0] in _HEAD_NAMES
+            if outside:
+                heads.add(f"{prefix}.{name}".strip("."))
+    return heads
+
+
+def _frozen_models(model: nn.Module) -> set[str]:
+    """Return the names of all modules of frozen transformers models beside something to train: teachers."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return set()
+    return {
+        f"{prefix}.{name}".strip(".")
+        for prefix, whole in _transformers_models(model)
+        if not any(parameter.requires_grad for parameter in whole.parameters())
+        for name, _ in named_layers(whole)
+    }
+
+
+def _transformers_models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """Return the transformers models inside ``model`` that stand in no other one."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in named_layers(model):
+        if isinstance(module, PreTrainedModel) and not any(
+            outer == "" or name.startswith(f"{outer}.") for outer, _ in found
+        ):
+            found.append((name, module))
+    return found
+
+
+def _examples(eligible: dict[str, nn.Module]) -> str:
+    names = list(eligible)
+    shown = ", ".join(names[:_EXAMPLES])
+    return shown if len(names) <= _EXAMPLES else f"{shown} and {len(names) - _EXAMPLES} more"
