@@ -1,0 +1,108 @@
+"""RandomStates: the random numbers of every process go on where the checkpoint left them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+CHECKPOINT_KEY = "fiftyfold_random_states"
+"""Where a checkpoint holds the states: a list with one entry per process, in the order of the ranks."""
+
+
+def capture_random_states() -> dict[str, Any]:
+    """Return the states of torch's, NumPy's, Python's and the current CUDA device's global generators.
+
+    The result holds tensors and numbers only, so that ``torch.load`` reads it without trusting the file.
+    """
+    _, words, position, has_gauss, gauss = np.random.get_state()
+    version, python_words, python_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": {
+            "words": torch.from_numpy(np.asarray(words).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+        "python": {
+            "version": version,
+            "words": torch.tensor(python_words, dtype=torch.int64),
+            "gauss": python_gauss,
+        },
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back to what :func:`capture_random_states` saw."""
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+    numpy_state = states["numpy"]
+    words = numpy_state["words"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"]))
+    python_state = states["python"]
+    random.setstate((python_state["version"], tuple(python_state["words"].tolist()), python_state["gauss"]))
+
+
+class RandomStates(Callback):
+    """Carries every process's random states in the checkpoints, and restores them on resume.
+
+    With a loader that finds its place again, a resumed training is then the one that was interrupted, dropout
+    included. The states are put back just before the first batch that is trained on, so that nothing which runs at
+    the start of a process can disturb them.
+
+    Gradients that are still being accumulated are in no Lightning checkpoint. A checkpoint taken between two
+    optimizer steps, as validation can trigger it, therefore resumes with a smaller first step; a warning says so.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, Any]] | None = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        own = capture_random_states()
+        states: list[Any] = [own]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own)
+        checkpoint[CHECKPOINT_KEY] = states
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batches % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            rank_zero_warn(
+                f"This checkpoint is taken after {batches} batches, between two optimizer steps, and leaves out the"
+                " gradients accumulated since the last one; validate every so many batches as are a multiple of"
+                f" accumulate_grad_batches={trainer.accumulate_grad_batches}."
+            )
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._pending = checkpoint.get(CHECKPOINT_KEY) if trainer.state.fn == TrainerFn.FITTING else None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending is None:
+            return
+        states, self._pending = self._pending, None
+        if len(states) == trainer.world_size:
+            restore_random_states(states[trainer.global_rank])
+        else:
+            rank_zero_warn(
+                f"The checkpoint holds the random states of {len(states)} processes, but {trainer.world_size} train"
+                " now: dropout goes on with other random numbers."
+            )
