@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
 
 
@@ -40,6 +41,7 @@ class FineTuningModule(TaskModule):
         self.save_hyperparameters(ignore=self._unstorable_hyperparameters())
         # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
         self.model = load_classifier(model, "model", num_labels).train()
+        attach_structure(self.model)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -51,19 +53,20 @@ class FineTuningModule(TaskModule):
         return {"loss": label_loss(self(batch), batch["labels"])}
 
 
-def load_classifier(source: str, role: str, num_labels: int | None = None, **options: object) -> PreTrainedModel:
-    """Load a model for sequence classification.
+def load_classifier(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:
+    """Load a model for sequence classification, in float32.
 
     Args:
         source: a folder or hub id.
         role: how messages call the model.
         num_labels: number of labels; None for what the configuration says.
-        options: further arguments of ``from_pretrained``.
 
     Raises:
         FiftyfoldError: if there is no such model or it cannot be read.
     """
     local = Path(source).expanduser()
+    if not local.exists() and (local.is_absolute() or source.startswith((".", "~"))):
+        raise FiftyfoldError(f"the {role} {source!r} is not there; name the folder where it is now ({role}=...).")
     place = str(local) if local.is_dir() else source
     try:
         config = AutoConfig.from_pretrained(place)
@@ -75,7 +78,7 @@ def load_classifier(source: str, role: str, num_labels: int | None = None, **opt
         # A head of another size is made anew. Only then may shapes differ: elsewhere a difference means a damaged or
         # packed file, which must not come up as random weights.
         return AutoModelForSequenceClassification.from_pretrained(
-            place, config=config, ignore_mismatched_sizes=other_head, **options
+            place, config=config, ignore_mismatched_sizes=other_head, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
