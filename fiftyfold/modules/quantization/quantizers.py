@@ -6,8 +6,8 @@ are two-dimensional here, one row per output channel; the caller transposes laye
 Three choices differ from the code published with the paper, so that a file can hold the result exactly:
 
 * A zero weight is +1 in a binary weight; there it stays 0, which one bit cannot express.
-* Scales are rounded to float16 where they are computed, and sums are taken in float64, so that the codes and scales
-  of a weight are the same on every device, and for a row alone as for the row in its matrix.
+* Scales are rounded to float16 where they are computed. Sums are finished in float64, so that a row alone gets the
+  same codes and scale as the row in its matrix, and so that they hardly ever depend on the device.
 * The uniform grid ends at the largest magnitude, with codes ``±(2**(bits - 1) - 1)``. Quantizing a quantized weight
   again then gives it back; on the published grid, with its scale of ``2 * max / 2**bits``, the largest positive weight
   shrinks each time.
@@ -17,6 +17,7 @@ All of them give finite results on finite inputs, groups of zeros and constant g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -182,8 +183,7 @@ def _quantize(weight: torch.Tensor, settings: WeightSettings) -> tuple[torch.Ten
 def _binary(values: torch.Tensor, _: int, shared: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to ``mean(|w|) * sign(w)``, the binary weights of XTC."""
     magnitudes = values.abs()
-    entries = magnitudes.numel() // _kept(magnitudes, shared)
-    scale = _sum(magnitudes, shared) / entries
+    scale = _sum(magnitudes, shared) / _entries(values, shared)
     # Adding zero turns -0.0 into +0.0, so that every zero is +1.
     return torch.copysign(values.new_ones(()), torch.add(values, 0.0, out=magnitudes)), _stored(scale)
 
@@ -191,10 +191,10 @@ def _binary(values: torch.Tensor, _: int, shared: tuple[int, ...]) -> tuple[torc
 def _ternary(values: torch.Tensor, _: int, shared: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to 0 up to a threshold, and to the mean magnitude of the rest beyond it, the ternary weights of XTC."""
     magnitudes = values.abs()
-    entries = magnitudes.numel() // _kept(magnitudes, shared)
-    threshold = (_sum(magnitudes, shared) * (TERNARY_THRESHOLD / entries)).float()
-    beyond = magnitudes > threshold
-    scale = _sum(magnitudes.mul_(beyond), shared) / beyond.sum(shared, keepdim=True).clamp_(min=1)
+    threshold = (_sum(magnitudes, shared) * (TERNARY_THRESHOLD / _entries(values, shared))).float()
+    # A float mask, because arithmetic with bools is several times slower on CPUs.
+    beyond = torch.gt(magnitudes, threshold, out=torch.empty_like(magnitudes))
+    scale = _sum(magnitudes.mul_(beyond), shared) / _sum(beyond, shared).clamp_(min=1)
     return torch.sign(values, out=magnitudes).mul_(beyond), _stored(scale)
 
 
@@ -211,13 +211,17 @@ def _uniform(values: torch.Tensor, bits: int, shared: tuple[int, ...]) -> tuple[
 _QUANTIZERS: dict[int, _Quantizer] = {1: _binary, 2: _ternary, 3: _uniform, 4: _uniform, 8: _uniform}
 
 
-def _kept(values: torch.Tensor, shared: tuple[int, ...]) -> int:
-    return 1 if len(shared) == values.dim() else values.shape[0] * values.shape[1]
+def _entries(values: torch.Tensor, shared: tuple[int, ...]) -> int:
+    return math.prod(values.shape[dimension] for dimension in shared)
 
 
 def _sum(values: torch.Tensor, shared: tuple[int, ...]) -> torch.Tensor:
+    """Sum over ``shared`` dimensions, nearly independent of the order in which a device adds."""
     exact = torch.float32 if values.device.type == "mps" else torch.float64
-    return values.sum(shared, keepdim=True, dtype=exact)
+    if len(shared) == 1:
+        return values.sum(shared, keepdim=True, dtype=exact)
+    # The errors of many rows' float32 sums average out; float64 throughout costs five times as much.
+    return values.sum(shared[-1:], keepdim=True).sum(shared[:-1], keepdim=True, dtype=exact)
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:
