@@ -1,1 +1,7 @@
 """When: one thin Lightning callback per method."""
+
+from fiftyfold.callbacks.layer_pruning import LayerPruning
+from fiftyfold.callbacks.layer_reduction import LayerReduction
+from fiftyfold.callbacks.quantization_aware_training import QuantizationAwareTraining
+
+__all__ = ["LayerPruning", "LayerReduction", "QuantizationAwareTraining"]

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from fiftyfold.errors import FiftyfoldError
 
 _COUNT = "num_hidden_layers"
+_COMPILED = "_orig_mod"
 
 
 def find_layer_stack(model: nn.Module) -> str:
@@ -22,7 +23,8 @@ def find_layer_stack(model: nn.Module) -> str:
     train go before frozen ones, so that a frozen teacher inside the same module is not taken for the student.
 
     Returns:
-        The list's name below ``model``, e.g. ``"bert.encoder.layer"``; ``""`` if ``model`` itself is the list.
+        The list's name below ``model``, e.g. ``"bert.encoder.layer"``, without the parts that compiling adds; ``""`` if
+        ``model`` itself is the list.
 
     Raises:
         FiftyfoldError: if there is none, or if the model has an encoder and a decoder.
@@ -37,7 +39,8 @@ def find_layer_stack(model: nn.Module) -> str:
         raise FiftyfoldError(
             f"{type(model).__name__} has no list of layers: no nn.ModuleList in it holds layers of one class."
         )
-    return max(stacks, key=lambda name: _weight(stacks[name]))
+    found = max(stacks, key=lambda name: _weight(stacks[name]))
+    return ".".join(part for part in found.split(".") if part != _COMPILED)
 
 
 def layer_stack(model: nn.Module, name: str) -> nn.ModuleList:

@@ -30,6 +30,7 @@ STATE_KEY = "fiftyfold_structure"
 """Name of the log's tensor in a state dict, relative to the module that carries the log."""
 
 _LOG_ATTRIBUTE = "_fiftyfold_structure"
+_LISTENS_ATTRIBUTE = "_fiftyfold_listens"
 _FORMAT_VERSION = 1
 _LARGEST_LOG_BYTES = 16 * 2**20
 
@@ -58,10 +59,20 @@ def structure_log(model: nn.Module) -> list[Operation]:
 
 def attach_structure(model: nn.Module) -> None:
     """Make ``model`` carry a log in its state dict. Doing it again changes nothing."""
-    if not hasattr(model, _LOG_ATTRIBUTE):
+    if not has_structure(model):
         setattr(model, _LOG_ATTRIBUTE, [])
         model.register_state_dict_post_hook(_write_log)
-        model.register_load_state_dict_pre_hook(_replay_log)
+        listen(model)
+
+
+def listen(module: nn.Module) -> None:
+    """Let ``module`` replay the logs that it finds in a state dict, its own and those of its submodules.
+
+    Unlike :func:`attach_structure` this adds nothing to the state dict. Doing it again changes nothing.
+    """
+    if not getattr(module, _LISTENS_ATTRIBUTE, False):
+        setattr(module, _LISTENS_ATTRIBUTE, True)
+        module.register_load_state_dict_pre_hook(_load_structure)
 
 
 def has_structure(model: nn.Module) -> bool:
@@ -154,7 +165,7 @@ def replaying() -> Iterator[None]:
     original = nn.Module.load_state_dict
 
     def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        attach_from_state_dict(module, state_dict)
+        listen(module)
         return original(module, state_dict, *args, **kwargs)
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign,assignment]
@@ -162,14 +173,6 @@ def replaying() -> Iterator[None]:
         yield
     finally:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
-
-
-def attach_from_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Attach a log to each submodule of ``module`` for which ``state_dict`` holds one."""
-    for key in state_dict:
-        path, _, name = key.rpartition(".")
-        if name == STATE_KEY:
-            attach_structure(module.get_submodule(path))
 
 
 def encode_log(log: Iterable[Operation]) -> torch.Tensor:
@@ -233,7 +236,10 @@ def _write_log(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: 
     state_dict[prefix + STATE_KEY] = encode_log(getattr(module, _LOG_ATTRIBUTE))
 
 
-def _replay_log(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
+def _load_structure(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_args: object) -> None:
+    for key in state_dict:
+        if key.startswith(prefix) and key.rpartition(".")[2] == STATE_KEY:
+            _attach_part(module, key.removeprefix(prefix).removesuffix(STATE_KEY).rstrip("."))
     written = state_dict.pop(prefix + STATE_KEY, None)
     if written is not None:
         replay(module, decode_log(written))
@@ -242,3 +248,14 @@ def _replay_log(module: nn.Module, state_dict: MutableMapping[str, Any], prefix:
             f"the state dict has no structure log, but the model was already changed ({_describe(log)}); "
             "load it before the model is compressed."
         )
+
+
+def _attach_part(module: nn.Module, path: str) -> None:
+    """Let one part of ``module`` carry a log, before the state dict reaches it."""
+    try:
+        attach_structure(module.get_submodule(path))
+    except AttributeError as error:
+        raise FiftyfoldError(
+            f"the checkpoint is that of a model whose part {path!r} was compressed; "
+            f"{type(module).__name__} has no such part."
+        ) from error

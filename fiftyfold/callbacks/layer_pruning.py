@@ -1,0 +1,135 @@
+"""Layer pruning at chosen moments of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback, batch_mask
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.layer_pruning import ImportanceMeter, importance, pruning
+from fiftyfold.modules.layer_reduction import OPERATION
+from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
+from fiftyfold.modules.structure import Operation, compression_root
+
+_TOTALS_KEY = "fiftyfold_layer_importance"
+
+
+class LayerPruning(OperationCallback):
+    """Drops further layers on a schedule, each time those that did least on the training batches just before.
+
+    Args:
+        schedule: how many layers to drop, by the moment at which they go, e.g. ``{"fraction:0.2": 2, 0.4: 2}``; see
+            :data:`~fiftyfold.callbacks.moment.When`. Nothing can be measured before the first step, so none is step 0.
+        measure_steps: number of optimizer steps before each moment whose batches measure the layers' importance.
+            Batches that are mappings with an ``attention_mask`` count their real tokens only.
+    """
+
+    operation = OPERATION
+    changes_shapes = True
+
+    def __init__(
+        self, schedule: Mapping[str, int] | Mapping[int, int] | Mapping[When, int], measure_steps: int = 100
+    ) -> None:
+        super().__init__()
+        if not schedule or any(drop < 1 for drop in schedule.values()):
+            raise FiftyfoldError("LayerPruning's schedule says at which moments how many layers go, at least 1 each.")
+        if measure_steps < 1:
+            raise FiftyfoldError(f"measure_steps must be at least 1, not {measure_steps}.")
+        self.schedule = {Moment.parse(when): drop for when, drop in schedule.items()}
+        self.measure_steps = measure_steps
+        self._meter: ImportanceMeter | None = None
+        self._restored: torch.Tensor | None = None
+
+    @property
+    def events(self) -> list[Event]:
+        """One for each moment of the schedule."""
+        return [
+            Event(moment, f"LayerPruning({number}: drop {drop})")
+            for number, (moment, drop) in enumerate(self.schedule.items(), start=1)
+        ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen to the layers."""
+        super().on_train_start(trainer, pl_module)
+        root = compression_root(pl_module)
+        first = self._due[0]
+        if first[0] == 0:
+            raise FiftyfoldError(f"{first[1].name} falls on step 0, before any layer could be measured; prune later.")
+        self._close()
+        self._meter = ImportanceMeter(layer_stack(root, find_layer_stack(root)))
+        self._refuse_too_many(root)
+        if self._restored is not None:
+            self._meter.totals = self._restored
+            self._restored = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Prune if that is due, and measure this batch if the next pruning is near."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._meter is not None:
+            pending = self.pending(compression_root(pl_module))
+            self._meter.active = bool(pending) and trainer.global_step >= pending[0][0] - self.measure_steps
+            self._meter.mask = batch_mask(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Leave validation batches out."""
+        if self._meter is not None:
+            self._meter.active = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Leave the layers as they were."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Leave the layers as they were."""
+        self._close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what all ranks have measured so far."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._meter is not None:
+            checkpoint[_TOTALS_KEY] = _over_ranks(self._meter.totals, trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on measuring where the checkpoint stopped; the first rank takes over what all had measured."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._restored = checkpoint.get(_TOTALS_KEY) if trainer.is_global_zero else None
+
+    def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
+        """Choose the layers that matter least on the batches of all ranks."""
+        if self._meter is None:
+            raise FiftyfoldError("LayerPruning acts while a Trainer trains; call prune_layers elsewhere.")
+        measured = importance(_over_ranks(self._meter.totals, trainer))
+        self._meter.reset()
+        return pruning(root, self.schedule[event.moment], measured, step=trainer.global_step)
+
+    def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
+        """Name the layers that stayed."""
+        return f"pruned {operation['stack']!r} to layers {operation['layers']} of {operation['of']}."
+
+    def _refuse_too_many(self, root: nn.Module) -> None:
+        drops = sum(self.schedule[event.moment] for _, event in self.pending(root))
+        total = len(layer_stack(root, find_layer_stack(root)))
+        if drops >= total:
+            raise FiftyfoldError(f"LayerPruning is to drop {drops} of {total} layers; leave at least one.")
+
+    def _close(self) -> None:
+        if self._meter is not None:
+            self._meter.close()
+
+
+def _over_ranks(totals: torch.Tensor, trainer: Trainer) -> torch.Tensor:
+    summed = trainer.strategy.reduce(totals.clone(), reduce_op="sum")
+    return summed if isinstance(summed, torch.Tensor) else totals

@@ -1,0 +1,73 @@
+"""When something is to happen in a training run."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from fiftyfold.errors import FiftyfoldError
+
+When = int | float | str
+"""A whole number: optimizer steps. A number between 0 and 1: a fraction of training.
+Or ``"step:100"``, ``"epoch:3"``, ``"fraction:0.25"``."""
+
+_UNITS = ("step", "epoch", "fraction")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in a training run, counted in ``unit``s from its beginning."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, when: When) -> Moment:
+        """Read a moment as a user writes it.
+
+        Raises:
+            FiftyfoldError: if ``when`` is not a moment.
+        """
+        unit, number = _split(when)
+        amount = float(number)
+        if unit == "step" and not amount.is_integer():
+            raise FiftyfoldError(f"{when!r}: steps are whole numbers; write e.g. 100 or 'fraction:0.25'.")
+        if amount < 0 or (unit == "fraction" and amount >= 1):
+            raise FiftyfoldError(f"{when!r} lies outside training; a fraction goes from 0 up to, not including, 1.")
+        return cls(amount, unit)
+
+    def resolve(self, trainer: Trainer) -> int:
+        """Return the optimizer step at which this moment comes, counted from 0 as ``trainer.global_step`` is.
+
+        Args:
+            trainer: one that is about to train, so that the number of its batches is known.
+
+        Raises:
+            FiftyfoldError: if the length of training, or of an epoch, is not known.
+        """
+        if self.unit == "step":
+            return int(self.amount)
+        if self.unit == "epoch":
+            length: float = trainer.num_training_batches / trainer.accumulate_grad_batches
+        else:
+            length = trainer.estimated_stepping_batches
+        if not 0 < length < math.inf:
+            raise FiftyfoldError(f"{self}: the training loader or the Trainer has no known length; write 'step:…'.")
+        return round(self.amount * math.ceil(length))
+
+    def __str__(self) -> str:
+        return f"{self.unit}:{self.amount:g}"
+
+
+def _split(when: When) -> tuple[str, str]:
+    # YAML's mapping keys arrive as text, so plain numbers are read from text too.
+    match = re.fullmatch(r"(?:(\w+):)?(\d+(?:\.\d*)?)", str(when).strip()) if not isinstance(when, bool) else None
+    unit = match and (match[1] or ("fraction" if "." in match[2] and float(match[2]) != 0 else "step"))
+    if match is None or unit not in _UNITS:
+        raise FiftyfoldError(
+            f"{when!r} is no moment; write a step (100), a fraction (0.25), 'step:100', 'epoch:3' or 'fraction:0.25'."
+        )
+    return unit, match[2]

@@ -1,0 +1,185 @@
+"""What the compressing callbacks share: when to act, and how a Trainer stays whole when its model changes."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fiftyfold.callbacks.moment import Moment
+from fiftyfold.callbacks.optimizer_groups import GroupNames, group_names, restore_groups
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.structure import (
+    Operation,
+    apply_operation,
+    check_order,
+    compression_root,
+    listen,
+    replay,
+    structure_log,
+)
+from fiftyfold.modules.surgery import parameter_checksum
+
+_NAMES_KEY = "fiftyfold_optimizer_names"
+_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operation that a callback is to carry out."""
+
+    moment: Moment
+    name: str
+    """Distinguishes it from every other event; the log keeps it, and an event that the log has is not repeated."""
+
+
+class OperationCallback(Callback, ABC):
+    """Carries out operations on a LightningModule that need not know of them, at optimizer-step boundaries.
+
+    The model carries what was done (see :mod:`fiftyfold.modules.structure`), so that a checkpoint from before, at or
+    after any operation resumes as if training had never stopped. The callback itself holds no progress.
+    """
+
+    operation: str
+    """Kind of the operation, as the log names it."""
+    changes_shapes: bool
+    """Whether parameters come or go, which sharded strategies cannot follow."""
+
+    def __init__(self) -> None:
+        self._last_step: int | None = None
+        self._due: list[tuple[int, Event]] = []
+        self._names: list[GroupNames] | None = None
+
+    @property
+    @abstractmethod
+    def events(self) -> list[Event]:
+        """What is to happen, in its order."""
+
+    @abstractmethod
+    def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
+        """Decide what exactly ``event`` does to ``root``, the same on every rank."""
+
+    @abstractmethod
+    def describe(self, operation: Operation, root: nn.Module) -> str:
+        """Say in one line what was done."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Let the module, and every averaged copy of it, take its structure from a checkpoint."""
+        if self.changes_shapes and isinstance(trainer.strategy, _SHARDED):
+            raise FiftyfoldError(
+                f"{type(self).__name__} cannot change a model that {type(trainer.strategy).__name__} has sharded; "
+                "change the model with the plain function before it is handed to the Trainer."
+            )
+        for module in (pl_module, *averaged_copies(trainer)):
+            listen(module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Arrange the optimizers' parameters as in the run that saved the checkpoint, before their state loads."""
+        self._last_step = None
+        if self._names is not None:
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            for optimizer, names in zip(trainer.optimizers, self._names, strict=False):
+                restore_groups(optimizer, pl_module, names, schedules)
+            self._names = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve the schedule and refuse one that cannot be kept."""
+        due = [(event.moment.resolve(trainer), event) for event in self.events]
+        self._due = sorted(due, key=lambda entry: entry[0])
+        for (step, event), (next_step, next_event) in itertools.pairwise(self._due):
+            if step == next_step:
+                raise FiftyfoldError(f"{event.name} and {next_event.name} fall on the same optimizer step, {step}.")
+        length = trainer.estimated_stepping_batches
+        for step, event in self._due:
+            if 0 < length <= step:
+                rank_zero_warn(f"{event.name} is due at step {step}, but training ends after {length}: it never comes.")
+        pending = sorted(
+            (step, position, callback.operation)
+            for position, callback in enumerate(operation_callbacks(trainer))
+            for step, _ in callback.pending(compression_root(pl_module))
+        )
+        check_order(structure_log(compression_root(pl_module)), [name for _, _, name in pending])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Carry out what is due, but never between the micro-batches of one optimizer step."""
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        for due, event in self.pending(compression_root(pl_module)):
+            if step >= due:
+                self._carry_out(event, trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the optimizers' parameters beside the optimizers' states."""
+        checkpoint[_NAMES_KEY] = [group_names(optimizer, pl_module) for optimizer in trainer.optimizers]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Take those names out again; they are used when the optimizers exist."""
+        self._names = checkpoint.get(_NAMES_KEY)
+
+    def pending(self, root: nn.Module) -> list[tuple[int, Event]]:
+        """Return the events that ``root`` has not had yet, each with its optimizer step."""
+        done = {operation.get("by") for operation in structure_log(root)}
+        return [(step, event) for step, event in self._due if event.name not in done]
+
+    def _carry_out(self, event: Event, trainer: Trainer, pl_module: LightningModule) -> None:
+        root = compression_root(pl_module)
+        before = _tensors(pl_module)
+        operation = {**self.plan(event, root, trainer), "by": event.name}
+        apply_operation(root, operation, trainer.optimizers)
+        for copy in averaged_copies(trainer):
+            replay(compression_root(copy), structure_log(root))
+        if isinstance(trainer.strategy, DDPStrategy):
+            if _tensors(pl_module) != before:
+                _wrap_again(trainer.strategy)
+            _compare_ranks(trainer, pl_module)
+        rank_zero_info(f"Step {trainer.global_step}: {self.describe(operation, root)}")
+
+
+def operation_callbacks(trainer: Trainer) -> Iterator[OperationCallback]:
+    """Yield the compressing callbacks of ``trainer`` in their order."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, OperationCallback):
+            yield callback
+
+
+def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
+    """Yield the copies of the module that weight-averaging callbacks keep."""
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            yield average.module
+        elif isinstance(average, LightningModule):
+            yield average
+
+
+def batch_mask(batch: Any) -> torch.Tensor | None:
+    """Return the batch's attention mask, ``[batch, length]``, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _tensors(module: nn.Module) -> list[int]:
+    return [id(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors]
+
+
+def _wrap_again(strategy: DDPStrategy) -> None:
+    """DDP reduces the gradients of the parameters that it saw when it wrapped the module, and of no others."""
+    strategy.model = strategy.lightning_module
+    strategy.configure_ddp()
+
+
+def _compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
+    sums = trainer.strategy.all_gather(parameter_checksum(pl_module))
+    if not bool((sums == sums[0]).all()):
+        raise FiftyfoldError("the ranks' parameters differ after a compression; they must be equal before it.")

@@ -1,0 +1,121 @@
+"""Quantization-aware training from a chosen moment on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback, operation_callbacks
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.quantization.layers import is_eligible
+from fiftyfold.modules.quantization.quantize import QuantizeArguments, quantize_operation
+from fiftyfold.modules.quantization.settings import ActivationRange, Granularity
+from fiftyfold.modules.quantization.targets import Targets, named_layers
+from fiftyfold.modules.structure import Operation, compression_root
+
+
+class QuantizationAwareTraining(OperationCallback):
+    """Trains a model under quantizers: full-precision weights, low-bit forward passes, straight-through gradients.
+
+    The parameters stay the objects that they are, so that quantization may begin, or become coarser, at any step.
+    Several such callbacks may quantize different layers of one model.
+
+    Args:
+        weight_bits: 1, 2, 3, 4 or 8; or bits that step down, by the moment at which they begin, e.g.
+            ``{0: 8, "fraction:0.3": 4, "fraction:0.6": 2}``; see :data:`~fiftyfold.callbacks.moment.When`.
+        activation_bits: of the inputs of linear layers, 4 or 8; ``None`` leaves them in full precision.
+        granularity: see :func:`fiftyfold.modules.quantize`, as for all the following.
+        group_size: entries in a group, for ``"per_group"``.
+        targets: which layers: ``"default"``, ``"xtc"``, or patterns of their names.
+        exclude: patterns of names to leave alone.
+        symmetric: whether inputs are quantized around zero.
+        activation_range: ``"dynamic"`` or ``"static"``.
+        full_range: XTC's grid for inputs.
+        clip: clamp weights and inputs, without gradient outside.
+        start: when, if ``weight_bits`` is one number.
+    """
+
+    operation = "quantize"
+    changes_shapes = False
+
+    def __init__(
+        self,
+        weight_bits: int | Mapping[str, int] | Mapping[int, int] | Mapping[When, int] = 1,
+        *,
+        activation_bits: int | None = 8,
+        granularity: Granularity = "per_tensor",
+        group_size: int | None = None,
+        targets: Targets = "default",
+        exclude: Targets = (),
+        symmetric: bool = True,
+        activation_range: ActivationRange = "dynamic",
+        full_range: bool = False,
+        clip: float | None = None,
+        start: When = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(weight_bits, Mapping):
+            if start != 0:
+                raise FiftyfoldError("weight_bits already says when each bit width begins; leave start out.")
+            self.weight_bits = {Moment.parse(when): bits for when, bits in weight_bits.items()}
+        else:
+            self.weight_bits = {Moment.parse(start): weight_bits}
+        self.arguments: QuantizeArguments = {
+            "activation_bits": activation_bits,
+            "granularity": granularity,
+            "group_size": group_size,
+            "targets": targets,
+            "exclude": exclude,
+            "symmetric": symmetric,
+            "activation_range": activation_range,
+            "full_range": full_range,
+            "clip": clip,
+        }
+
+    @property
+    def events(self) -> list[Event]:
+        """One for each bit width, named by it and by what is not as by default."""
+        defaults = inspect.signature(quantize_operation).parameters
+        how = "".join(
+            f", {name}={value!r}" for name, value in self.arguments.items() if value != defaults[name].default
+        )
+        return [Event(moment, f"QuantizationAwareTraining({bits}{how})") for moment, bits in self.weight_bits.items()]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what could not be done later: bits that rise, layers that do not exist or are claimed twice."""
+        super().on_train_start(trainer, pl_module)
+        bits = [self.weight_bits[event.moment] for _, event in self._due]
+        if bits != sorted(bits, reverse=True):
+            raise FiftyfoldError(f"QuantizationAwareTraining: the weights' bits must step down, not go {bits}.")
+        root = compression_root(pl_module)
+        mine = self._targets(root)
+        for callback in operation_callbacks(trainer):
+            if callback is self:
+                break
+            if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback._targets(root)):
+                raise FiftyfoldError(
+                    f"two QuantizationAwareTraining callbacks quantize {min(both)!r}; exclude it in one."
+                )
+
+    def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
+        """Find the layers that ``root`` has now."""
+        return self._operation(root, self.weight_bits[event.moment], trainer.global_step)
+
+    def describe(self, operation: Operation, root: nn.Module) -> str:
+        """Count the layers, and name those that were left alone."""
+        bits = operation["settings"][0]["weight"]["bits"]
+        layers = [name for name, module in named_layers(root) if is_eligible(module)]
+        left = [name for name in layers if name not in operation["targets"]]
+        others = f"; left alone: {', '.join(left)}" if left else ""
+        return f"quantized {len(operation['targets'])} layers to {bits}-bit weights{others}."
+
+    def _targets(self, root: nn.Module) -> set[str]:
+        return set(self._operation(root, next(iter(self.weight_bits.values())), 0)["targets"])
+
+    def _operation(self, root: nn.Module, bits: int, step: int) -> Operation:
+        arguments: QuantizeArguments = {**self.arguments, "weight_bits": bits}
+        return quantize_operation(root, step=step, **arguments)
