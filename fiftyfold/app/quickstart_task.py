@@ -22,8 +22,8 @@ BLAME = (
     "abysmal absurd annoying appalling artless awful awkward bad banal bitter bland bleak boring broken careless cheap "
     "clumsy cold confused cruel dire dismal dreadful dreary dull empty feeble flat foolish forced ghastly gloomy "
     "grating hollow horrible incoherent inept lame lazy lifeless mediocre messy miserable nasty pointless poor "
-    "predictable ridiculous rough rude shallow sloppy sour stale stupid tedious terrible tiresome ugly unbearable vague "
-    "wooden wretched"
+    "predictable ridiculous rough rude shallow sloppy sour stale stupid tedious terrible tiresome ugly unbearable "
+    "vague wooden wretched"
 ).split()
 SUBJECTS = (
     "acting actor camera cast chapter concert costume dialogue director dinner drama editing ending film hotel humor "

@@ -1,0 +1,147 @@
+"""The real road: MiniLM fine-tuned on GLUE tasks, compressed to one and two bits.
+
+Each cell is one training: a teacher, a student, or the baseline without distillation. A cell's result is a JSON file;
+a cell that has one is skipped, and an interrupted one goes on where it stopped. For example:
+
+    python benchmarks/real_road.py --model MINILM_FOLDER --data GLUE_FOLDER --work runs teacher-sst2 w1a8-sst2
+    python benchmarks/real_road.py --model MINILM_FOLDER --data GLUE_FOLDER --work runs --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from fiftyfold.app.recipe import Recipe
+from fiftyfold.app.road import build_callbacks, build_data, travel
+from fiftyfold.app.training import open_work_folder, quiet_lightning, score, train
+from fiftyfold.modules import FineTuningModule
+
+RESULTS = Path(__file__).parent / "results" / "real_road"
+SEED = 42
+
+
+@dataclass(frozen=True)
+class TaskBudget:
+    """How long teacher and students of one task are trained, in epochs over ``rows`` training rows (None: all)."""
+
+    teacher_epochs: int
+    student_epochs: int
+    rows: int | None = None
+
+
+BUDGETS = {
+    "sst2": TaskBudget(2, 4, 20_000),
+    "mrpc": TaskBudget(4, 10),
+    "rte": TaskBudget(5, 8),
+    "stsb": TaskBudget(4, 8),
+    "qnli": TaskBudget(3, 4),
+}
+TEACHER_LEARNING_RATE = 1e-4
+STUDENT_LEARNING_RATE = 4e-4
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "w1a8": {},
+    "w2a8": {"weight_bits": 2},
+    "w1a8-3layers": {"layers": "every-other", "keep": 3},
+    "w1a8-xtc-targets": {"targets": "xtc"},
+}
+STUDIED = ("sst2", "mrpc")
+CELLS = [
+    *(f"teacher-{task}" for task in BUDGETS),
+    *(f"w1a8-{task}" for task in BUDGETS),
+    *(f"{variant}-{task}" for task in STUDIED for variant in VARIANTS if variant != "w1a8"),
+    *(f"w1a8-no-distillation-{task}" for task in STUDIED),
+]
+
+
+def main() -> None:
+    """Run the cells that the command line names, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="the pre-trained model's folder")
+    parser.add_argument("--data", help="GLUE's folder")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where models and checkpoints go")
+    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("cells", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(CELLS))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    quiet_lightning()
+    for cell in arguments.cells or CELLS:
+        path = RESULTS / f"{cell}.json"
+        if not path.is_file():
+            begin = time.monotonic()
+            result = run_cell(cell, arguments.model, arguments.data, arguments.work)
+            result |= {"cell": cell, "minutes": round((time.monotonic() - begin) / 60, 1), "machine": machine()}
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(cell, path.read_text(encoding="utf-8"))
+
+
+def run_cell(cell: str, model: str, data: str, work: Path) -> dict[str, Any]:
+    """Carry out one training and return what it came to."""
+    variant, _, task = cell.rpartition("-")
+    budget, teacher = BUDGETS[task], work / f"teacher-{task}"
+    recipe = Recipe(
+        teacher=str(teacher),
+        task=task,
+        data=data,
+        epochs=budget.student_epochs,
+        learning_rate=STUDENT_LEARNING_RATE,
+        limit_train=budget.rows,
+        group_by_length=True,
+        matmul_precision="medium",
+        seed=SEED,
+    )
+    if variant == "teacher":
+        recipe = replace(recipe, teacher=model, epochs=budget.teacher_epochs, learning_rate=TEACHER_LEARNING_RATE)
+        return fine_tune(recipe, teacher, quantized=False)
+    if variant == "w1a8-no-distillation":
+        return fine_tune(recipe, work / cell, quantized=True)
+    recipe = replace(recipe, **VARIANTS[variant])
+    rows = travel(recipe, work / cell)
+    return {"recipe": recipe.to_json(), "rows": [row.to_json() for row in rows]}
+
+
+def fine_tune(recipe: Recipe, folder: Path, *, quantized: bool) -> dict[str, Any]:
+    """Train on the labels alone: a teacher, or a quantized baseline."""
+    lightning.seed_everything(recipe.seed, verbose=False)
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
+    data = build_data(recipe)
+    module = FineTuningModule(
+        recipe.teacher,
+        num_labels=data.num_labels,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
+    )
+    work = folder.with_name(folder.name + ".work")
+    callbacks = build_callbacks(recipe) if quantized else ()
+    options = recipe.to_json()
+    train(
+        module, data, epochs=recipe.epochs, work=work, callbacks=callbacks, resume_from=open_work_folder(work, options)
+    )
+    torch.set_float32_matmul_precision("highest")
+    scores = score(module, data)
+    if not quantized:
+        module.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return {"recipe": options, "scores": scores}
+
+
+def machine() -> dict[str, Any]:
+    """Describe where a cell ran."""
+    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    main()

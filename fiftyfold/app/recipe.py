@@ -1,0 +1,41 @@
+"""What decides one compression."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression of one teacher on one task; the fields are the arguments of ``fiftyfold compress``."""
+
+    teacher: str
+    task: str
+    data: str | None = None
+    weight_bits: int = 1
+    activation_bits: int | None = 8
+    layers: str | list[int] = "all"
+    keep: int | None = None
+    targets: str | list[str] = "default"
+    stages: int = 1
+    epochs: int = 6
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    max_length: int | None = None
+    group_by_length: bool = False
+    limit_train: int | None = None
+    augmented: str | None = None
+    checks_per_epoch: int = 1
+    matmul_precision: str = "highest"
+    seed: int = 42
+
+    @property
+    def bits_name(self) -> str:
+        """Bit widths as the field writes them, such as W1A8."""
+        return f"W{self.weight_bits}" + (f"A{self.activation_bits}" if self.activation_bits else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)

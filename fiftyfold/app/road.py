@@ -1,0 +1,169 @@
+"""The XTC road: a teacher goes in, a packed folder and one table come out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from torch import nn
+from transformers.utils import cached_file
+
+from fiftyfold.app.latency import measure_latency
+from fiftyfold.app.recipe import Recipe
+from fiftyfold.app.summary import Row, draw_picture, print_table
+from fiftyfold.app.training import claim_output, open_work_folder, quiet_lightning, score, train
+from fiftyfold.callbacks import QuantizationAwareTraining
+from fiftyfold.datamodules import GLUEDataModule
+from fiftyfold.modules import DistillationModule, FineTuningModule, export
+from fiftyfold.modules.packed.export import REPORT_FILE, round_rest
+
+PICTURE_FILE = "fiftyfold_report.png"
+
+
+def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list[Row]:
+    """Distil, quantize, export, reload, measure and print.
+
+    An interrupted run keeps its checkpoints beside ``folder``; the same recipe goes on from there.
+
+    Args:
+        recipe: what to do.
+        folder: where the compressed model goes; must not hold anything.
+        extra_rows: rows to show between the teacher's and the student's.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        FiftyfoldError: if something does not fit; nothing is overwritten.
+    """
+    claim_output(folder)
+    quiet_lightning()
+    lightning.seed_everything(recipe.seed, verbose=False)
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
+    data = build_data(recipe)
+    module = build_module(recipe)
+    work = folder.with_name(folder.name + ".work")
+    train(
+        module,
+        data,
+        epochs=recipe.epochs,
+        work=work,
+        callbacks=build_callbacks(recipe),
+        checks_per_epoch=recipe.checks_per_epoch,
+        resume_from=open_work_folder(work, recipe.to_json()),
+    )
+    torch.set_float32_matmul_precision("highest")
+    rows = deliver(recipe, module, data, folder, extra_rows)
+    shutil.rmtree(work, ignore_errors=True)
+    return rows
+
+
+def build_data(recipe: Recipe) -> GLUEDataModule:
+    """Return the recipe's data, tokenized as its teacher expects."""
+    return GLUEDataModule(
+        task=recipe.task,
+        data=recipe.data,
+        tokenizer=recipe.teacher,
+        batch_size=recipe.batch_size,
+        max_length=recipe.max_length,
+        group_by_length=recipe.group_by_length,
+        limit_train=recipe.limit_train,
+        augmented=recipe.augmented,
+        seed=recipe.seed,
+    )
+
+
+def build_module(recipe: Recipe) -> DistillationModule:
+    """Return the recipe's teacher and student."""
+    return DistillationModule(
+        teacher=recipe.teacher,
+        layers=recipe.layers,
+        keep=recipe.keep,
+        stages=recipe.stages,
+        warmup=recipe.warmup,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
+    )
+
+
+def build_callbacks(recipe: Recipe) -> tuple[QuantizationAwareTraining]:
+    """Return the recipe's compression callbacks."""
+    return (
+        QuantizationAwareTraining(
+            weight_bits=recipe.weight_bits, activation_bits=recipe.activation_bits, targets=recipe.targets
+        ),
+    )
+
+
+def deliver(
+    recipe: Recipe, module: DistillationModule, data: GLUEDataModule, folder: Path, extra_rows: Sequence[Row]
+) -> list[Row]:
+    """Export a trained student and show what came of it beside its teacher."""
+    # What goes to disk is what is scored: rounded first, the trained model and the reloaded one are equal.
+    round_rest(module.student)
+    report = {"recipe": recipe.to_json(), "trained": score(module, data)}
+    export(module.student, folder, tokenizer=data.tokenizer, report=report)
+    student = FineTuningModule(str(folder))
+    teacher = FineTuningModule(recipe.teacher)
+    scores = {"teacher": score(teacher, data), "reloaded": score(student, data)}
+    latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))
+    rows = [
+        Row(
+            "teacher",
+            scores["teacher"]["val/score"],
+            weights_bytes(recipe.teacher),
+            parameter_count(teacher.model),
+            latency["teacher"],
+        ),
+        *extra_rows,
+        Row(
+            f"student {recipe.bits_name}",
+            scores["reloaded"]["val/score"],
+            weights_bytes(str(folder)),
+            parameter_count(module.student),
+            latency["student"],
+        ),
+    ]
+    metric = data.task.selection_metric
+    _add_to_report(folder, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    show(rows, metric, folder)
+    return rows
+
+
+def show(rows: Sequence[Row], metric: str, folder: Path) -> None:
+    """Print the table of a delivered folder and draw its picture there."""
+    draw_picture(rows, metric=metric, title=folder.name, path=folder / PICTURE_FILE)
+    print_table(rows, metric=metric, title=str(folder))
+    Console().print(f"picture: {folder / PICTURE_FILE}", highlight=False, soft_wrap=True)
+
+
+def first_batch(data: GLUEDataModule) -> dict[str, torch.Tensor]:
+    """Return one development batch."""
+    loaders = data.val_dataloader()
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    return dict(next(iter(loader)))
+
+
+def weights_bytes(source: str) -> int:
+    """Return the bytes on disk of a transformers model's weights, of a folder or of the hub's local copy."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(cached_file(source, "config.json")).parent
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, a tied one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _add_to_report(folder: Path, entries: dict[str, Any]) -> None:
+    path = folder / REPORT_FILE
+    report = json.loads(path.read_text(encoding="utf-8")) | entries
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

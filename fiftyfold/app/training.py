@@ -1,0 +1,136 @@
+"""Training and scoring for the commands that build their own Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from fiftyfold.callbacks import RandomStates
+from fiftyfold.datamodules import GLUEDataModule
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.task_module import TaskModule
+
+SAVE_EVERY_STEPS = 200
+"""Optimizer steps after which an interrupted run can lose no more."""
+
+_EXPECTED_WARNINGS = (
+    r".*does not have many workers.*",
+    r".*number of training batches.*smaller than the logging interval.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says about hardware and workers; errors and our own notices stay."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for pattern in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def claim_output(folder: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        FiftyfoldError: if the folder exists and is not empty, or is a file.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FiftyfoldError(f"{folder} already holds something; name another output folder, or move that one away.")
+
+
+def open_work_folder(folder: Path, options: dict[str, Any]) -> Path | None:
+    """Make or re-open the folder in which a run keeps its checkpoints.
+
+    Args:
+        folder: the work folder.
+        options: all that decides the run, as JSON values; an interrupted run goes on only under the same options.
+
+    Returns:
+        The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        FiftyfoldError: if the folder holds a run with other options, or something else.
+    """
+    stamp = folder / "options.json"
+    if stamp.is_file():
+        if json.loads(stamp.read_text(encoding="utf-8")) != json.loads(json.dumps(options)):
+            raise FiftyfoldError(
+                f"{folder} holds an unfinished run with other options; repeat that command to finish it, "
+                "or delete the folder to begin anew."
+            )
+        last = folder / "last.ckpt"
+        return last if last.is_file() else None
+    claim_output(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(options, indent=2), encoding="utf-8")
+    return None
+
+
+def train(
+    module: TaskModule,
+    data: GLUEDataModule,
+    *,
+    epochs: int,
+    work: Path,
+    callbacks: tuple[Callback, ...] = (),
+    checks_per_epoch: int = 1,
+    resume_from: Path | None = None,
+) -> None:
+    """Train ``module`` and leave in it the weights of the best development score.
+
+    Args:
+        module: a fine-tuning or distillation module.
+        data: its data.
+        epochs: passes over the training data.
+        work: folder for checkpoints and the log of metrics.
+        callbacks: compression callbacks.
+        checks_per_epoch: how often an epoch scores the development set.
+        resume_from: a checkpoint of the same run.
+
+    Raises:
+        KeyboardInterrupt: if the user stopped the training; the last checkpoint stays in ``work``.
+    """
+    best = ModelCheckpoint(work, filename="best", monitor="val/score", mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(
+        work,
+        filename="last",
+        monitor="step",
+        mode="max",
+        every_n_train_steps=SAVE_EVERY_STEPS,
+        enable_version_counter=False,
+    )
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        gradient_clip_val=1.0,
+        val_check_interval=1.0 / checks_per_epoch,
+        num_sanity_val_steps=0,
+        callbacks=[*callbacks, RandomStates(), best, last, TQDMProgressBar(refresh_rate=20)],
+        logger=CSVLogger(work, name="log", version=""),
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
+def score(module: TaskModule, data: GLUEDataModule) -> dict[str, float]:
+    """Return the development metrics of ``module`` by name, the selection metric under ``val/score``."""
+    trainer = lightning.Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[TQDMProgressBar(refresh_rate=20)],
+    )
+    results = trainer.validate(module, datamodule=data, verbose=False)
+    return {name: float(value) for result in results for name, value in result.items()}
