@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -294,30 +295,35 @@ def _csv_rows(path: Path, reader: Any, header: list[str]) -> Iterator[Row]:
 def _read_json(path: Path, task: GLUETask) -> tuple[list[str], Iterator[Row]]:
     text = _decode(path)
     rows = _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
-    if not rows:
+    first = next(rows, None)
+    if first is None:
         raise FiftyfoldError(f"The file {path} is empty; put {task.name}'s rows into it or remove it.")
-    for line, record in rows:
-        if not isinstance(record, dict):
-            raise FiftyfoldError(f"{path}, line {line}: not a JSON object with one field per column; correct the line.")
-    return list(rows[0][1]), iter(rows)
+    return list(first[1]), itertools.chain([first], rows)
 
 
-def _json_lines(path: Path, text: str) -> list[Row]:
-    rows = []
+def _json_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise FiftyfoldError(f"{path}, line {number}: not JSON ({error.msg}); correct the line.") from error
-    return rows
+            yield number, _json_record(path, number, record)
 
 
-def _json_array(path: Path, text: str) -> list[Row]:
+def _json_array(path: Path, text: str) -> Iterator[Row]:
     try:
-        return list(enumerate(json.loads(text), start=1))
+        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise FiftyfoldError(f"{path}, line {error.lineno}: not JSON ({error.msg}); correct the line.") from error
+    for number, record in enumerate(records, start=1):
+        yield number, _json_record(path, number, record)
+
+
+def _json_record(path: Path, number: int, record: Any) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise FiftyfoldError(f"{path}, line {number}: not a JSON object with one field per column; correct the line.")
+    return record
 
 
 def _read_parquet(path: Path, _task: GLUETask) -> tuple[list[str], Iterator[Row]]:
