@@ -158,8 +158,11 @@ class _FakeQuantizeActivation(Function):
         if settings.clip is not None:
             ctx.save_for_backward(x.abs() <= settings.clip)
             values = values.clamp(-settings.clip, settings.clip)
-        quantized = _on_symmetric_grid if settings.symmetric else _on_asymmetric_grid
-        return quantized(values, settings, low, high).to(x.dtype)
+        if settings.symmetric:
+            return _on_symmetric_grid(values, settings, low, high).to(x.dtype)
+        # The zero point is rounded, so the grid may reach beyond the input by half a step, and beyond its type.
+        limit = torch.finfo(x.dtype).max
+        return _on_asymmetric_grid(values, settings, low, high).clamp_(-limit, limit).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
