@@ -73,7 +73,8 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """
     if not len(x):
         return torch.zeros(0, len(codes), device=x.device)
-    if x.device.type == "cpu" and _cpu_multiplies_exactly():
+    # With one input, torch 2.13 misreads the strides on CPUs and gives wrong products.
+    if x.device.type == "cpu" and x.shape[1] > 1 and _cpu_multiplies_exactly():
         return torch._int_mm(x, codes.t()).float()
     if x.device.type == "cuda" and not any(size % _CUDA_MULTIPLE for size in codes.shape):
         padded = F.pad(x, (0, 0, 0, max(0, _CUDA_ROWS - len(x))))

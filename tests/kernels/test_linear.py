@@ -98,6 +98,16 @@ def test_what_is_not_finite_stays_in_its_token():
     assert result[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 17, 33])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 40])
+@pytest.mark.parametrize("outputs", [1, 2, 9, 32])
+def test_the_product_is_exact(rows, inputs, outputs):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randint(-128, 128, (rows, inputs), generator=generator).to(torch.int8)
+    codes = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)
+    assert torch.equal(multiply_codes(x, codes).long(), exact_product(x, codes))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 33])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_product_is_exact_at_the_extremes(rows, sign):

@@ -161,8 +161,7 @@ def install(module: nn.Module, activation: ActivationSettings | None = None) -> 
     Raises:
         FiftyfoldError: if the layer cannot be quantized.
     """
-    if not is_eligible(module):
-        raise FiftyfoldError(f"a {type(module).__name__} cannot be quantized; only Linear, Embedding and Conv1D can.")
+    _check_eligible(module)
     if type(module) in _QUANTIZED:
         module.__class__ = _QUANTIZED[type(module)]
     static = activation is not None and activation.range == "static"
@@ -188,8 +187,10 @@ def check_settings(module: nn.Module, settings: LayerSettings) -> None:
     """Refuse settings that do not fit a layer, dense or quantized.
 
     Raises:
-        FiftyfoldError: if groups do not fit the weight, or an embedding is not to have a scale for each row.
+        FiftyfoldError: if the module cannot be quantized, groups do not fit its weight, or an embedding is not to have
+            a scale for each row.
     """
+    _check_eligible(module)
     if isinstance(module, nn.Embedding) and (settings.weight.granularity != "per_channel" or settings.activation):
         raise FiftyfoldError("an embedding is quantized per row ('per_channel'), without its input.")
     rows, columns = _weight(module).shape
@@ -231,6 +232,11 @@ def codes_and_scale(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
 def effective_weight(layer: QuantizedLayer) -> torch.Tensor:
     """Return the weight that a quantized layer computes with, (outputs or rows, inputs), in the weight's type."""
     return dequantize_weight(*codes_and_scale(layer), layer.weight.dtype)
+
+
+def _check_eligible(module: nn.Module) -> None:
+    if not is_eligible(module):
+        raise FiftyfoldError(f"a {type(module).__name__} cannot be quantized; only Linear, Embedding and Conv1D can.")
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

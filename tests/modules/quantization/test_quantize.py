@@ -279,5 +279,5 @@ def test_the_optimizer_goes_on():
         loss = model(**tiny_batch()).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
