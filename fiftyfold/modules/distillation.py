@@ -188,6 +188,9 @@ class DistillationModule(TaskModule):
             total = total + stage.logits * share * loss
         return {"loss": total, **losses}
 
+    def _fitted_models(self) -> list[tuple[PreTrainedModel, str]]:
+        return [(self._teacher.model, "teacher"), (self.student, "student")]
+
     def _ask_teacher(
         self, stage: Stage, batch: Batch, hidden_map: list[int], attention_map: list[int]
     ) -> Observation | None:

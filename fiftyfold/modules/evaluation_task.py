@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fiftyfold.errors import FiftyfoldError
 
@@ -91,6 +91,26 @@ def fit_labels(config: PretrainedConfig, task: EvaluationTask, model_name: str) 
             f"the {model_name}'s labels stand in the order {have}, the task {task.name!r} has {wanted}; reorder the "
             "data's labels or the model's classifier."
         )
+
+
+def fit_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
+    """Check that a model has an embedding for every token, and tell it the padding token if it knows none.
+
+    Args:
+        config: the model's configuration; ``pad_token_id`` may be set, which decoders need to find the last token.
+        tokenizer: makes the tokens.
+        model_name: how messages call the model.
+
+    Raises:
+        FiftyfoldError: if the tokenizer has more tokens than the model.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise FiftyfoldError(
+            f"the tokenizer has {len(tokenizer)} tokens, the {model_name}'s vocabulary {config.vocab_size}; use the "
+            "tokenizer that belongs to the model."
+        )
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _folded(names: list[str]) -> list[str]:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Importing quantize teaches the structure log its operation, so that every checkpoint can be replayed.
+import fiftyfold.modules.quantization.quantize  # noqa: F401
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.evaluation_task import EvaluationTask, UnnamedTask, fit_labels
+from fiftyfold.modules.evaluation_task import EvaluationTask, UnnamedTask, fit_labels, fit_vocabulary
 from fiftyfold.modules.finite_loss import FiniteLossGuard
 from fiftyfold.modules.learning_rate import linear_schedule, stage_at, stage_ends
 
@@ -68,15 +70,22 @@ class TaskModule(LightningModule):
         return self._task or UnnamedTask(self.trained_model.config.num_labels)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002 (Lightning passes it by name)
-        """Fit the model's labels to the data's.
+        """Fit the model to the data: labels, vocabulary, padding.
 
         Raises:
             FiftyfoldError: if they do not fit.
         """
-        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
-        if isinstance(task, EvaluationTask):
-            fit_labels(self.trained_model.config, task, "model")
-            self._task = task
+        datamodule = getattr(self.trainer, "datamodule", None)
+        task, tokenizer = getattr(datamodule, "task", None), getattr(datamodule, "tokenizer", None)
+        self._task = task if isinstance(task, EvaluationTask) else None
+        for model, role in self._fitted_models():
+            if self._task is not None:
+                fit_labels(model.config, self._task, role)
+            if isinstance(tokenizer, PreTrainedTokenizerBase):
+                fit_vocabulary(model.config, tokenizer, role)
+
+    def _fitted_models(self) -> list[tuple[PreTrainedModel, str]]:
+        return [(self.trained_model, "model")]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits, [batch, labels]."""
