@@ -1,1 +1,29 @@
-"""fiftyfold: make a fine-tuned transformer up to fifty times smaller, as a file on disk."""
+"""fiftyfold: make a fine-tuned transformer up to fifty times smaller, as a file on disk.
+
+Importing the package makes exported folders known to transformers: afterwards ``AutoModel….from_pretrained`` and
+``pipeline`` open them. It imports neither Lightning nor datasets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.packed import plugin as _plugin
+
+if TYPE_CHECKING:
+    from fiftyfold.modules import export, load
+
+__version__ = "0.1.0"
+
+__all__ = ["FiftyfoldError", "__version__", "export", "load"]
+
+_plugin.register_plugin()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in {"export", "load"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fiftyfold import modules
+
+    return getattr(modules, name)

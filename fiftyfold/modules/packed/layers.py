@@ -1,0 +1,228 @@
+"""Layers as they are deployed: weights packed into bits, activations quantized as in training.
+
+A packed layer takes the place of an ``nn.Linear``, an ``nn.Embedding`` or a transformers ``Conv1D``, keeps its name and
+its bias, and is for inference. Its ``weight`` is a one-dimensional uint8 parameter, a shape that no dense weight has:
+whoever loads the file without fiftyfold gets an error and not a model of random weights.
+
+On the reference path (see :mod:`fiftyfold.kernels.path`) the outputs equal those of the layer that was trained, bit for
+bit. On the integer path they differ by rounding in float32 alone, see :func:`fiftyfold.kernels.linear.integer_linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fiftyfold.kernels.linear import LARGEST_INPUTS, integer_linear
+from fiftyfold.kernels.packing import packed_bytes, unpack_codes, unpack_rows
+from fiftyfold.kernels.path import current_path
+from fiftyfold.modules.quantization.layers import RANGE_BUFFERS
+from fiftyfold.modules.quantization.quantizers import (
+    check_shape,
+    dequantize_weight,
+    fake_quantize_activation,
+    scale_shape,
+)
+from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings
+
+STORED_BUFFERS = ("weight_scale", *RANGE_BUFFERS)
+"""Names of a packed layer's buffers; their types do not follow the model's."""
+
+
+class PackedLayer(nn.Module):
+    """What packed layers have in common: the bits, and the scales in float16 whatever the model is cast to.
+
+    Args:
+        rows: output channels of the weight; for an embedding, its entries.
+        columns: inputs of the weight; for an embedding, its width.
+        settings: how the layer is quantized.
+        device: where the tensors are created, without values.
+    """
+
+    weight: nn.Parameter
+    weight_scale: torch.Tensor
+    activation_low: torch.Tensor | None
+    activation_high: torch.Tensor | None
+
+    def __init__(self, rows: int, columns: int, settings: LayerSettings, device: torch.device | None = None) -> None:
+        super().__init__()
+        check_shape((rows, columns), settings.weight)
+        self.rows = rows
+        self.columns = columns
+        self.settings = settings
+        self._codes: torch.Tensor | None = None
+        content = torch.empty(packed_bytes(rows * columns, settings.weight.bits), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(content, requires_grad=False)
+        scales = scale_shape((rows, columns), settings.weight)
+        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16, device=device))
+        static = settings.activation is not None and settings.activation.range == "static"
+        for name in RANGE_BUFFERS:
+            bound = torch.empty((), dtype=torch.float32, device=device) if static else None
+            self.register_buffer(name, bound)
+
+    def codes(self) -> torch.Tensor:
+        """Return the codes of the weight, int8 (rows, columns); kept for the next call.
+
+        Raises:
+            FiftyfoldError: if the bytes are none that packing writes.
+        """
+        if self._codes is None:
+            codes = unpack_codes(self.weight, self.settings.weight.bits, self.rows * self.columns)
+            self._codes = codes.view(self.rows, self.columns)
+        return self._codes
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight that the bits stand for, (rows, columns)."""
+        return dequantize_weight(self.codes(), self.weight_scale, dtype)
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantize an input as the trained layer does in evaluation."""
+        settings = self.settings.activation
+        if settings is None or x.numel() == 0:
+            return x
+        if settings.range == "dynamic":
+            return fake_quantize_activation(x, settings)
+        return fake_quantize_activation(x, settings, *self._static_range(x, settings))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a printed model."""
+        return f"{self.columns}, {self.rows}, weight={self.settings.weight}, activation={self.settings.activation}"
+
+    def forget_codes(self) -> None:
+        """Drop what :meth:`codes` kept."""
+        self._codes = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_codes": None}
+
+    def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> list[torch.Tensor]:
+        """Return the observed range; a layer that observed nothing takes that of ``x``, as it does untrained."""
+        limit = float("inf") if settings.clip is None else settings.clip
+        stored = [bound for bound in (self.activation_low, self.activation_high) if bound is not None]
+        found = [bound.float().clamp(-limit, limit) for bound in x.detach().aminmax()]
+        unobserved = stored[0] == stored[1]
+        return [torch.where(unobserved, new, old) for old, new in zip(stored, found, strict=True)]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLayer:
+        stored = {
+            name: tensor for name, tensor in self._buffers.items() if tensor is not None and name in STORED_BUFFERS
+        }
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        self.forget_codes()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_codes()
+
+
+class PackedLinear(PackedLayer):
+    """An ``nn.Linear`` as it is deployed."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        settings: LayerSettings,
+        bias: nn.Parameter | None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, settings, device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T + bias`` with quantized weight and input.
+
+        Args:
+            x: (…, in_features).
+
+        Returns:
+            (…, out_features), in the type of ``x``.
+        """
+        settings = self.settings.activation
+        if settings is not None and self._takes_integers(x, settings):
+            return self._multiply_integers(x, settings)
+        return F.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
+
+    def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
+        if current_path() == "reference" or self.settings.weight.granularity == "per_group" or not settings.symmetric:
+            return False
+        return x.numel() > 0 and self.columns <= LARGEST_INPUTS and not (x.requires_grad and torch.is_grad_enabled())
+
+    def _multiply_integers(self, x: torch.Tensor, settings: ActivationSettings) -> torch.Tensor:
+        largest = None
+        if settings.range == "static":
+            low, high = self._static_range(x, settings)
+            largest = torch.maximum(low.abs(), high.abs())
+        return integer_linear(
+            x,
+            self.codes(),
+            self.weight_scale,
+            self.bias,
+            bits=settings.bits,
+            full_range=settings.full_range,
+            clip=settings.clip,
+            largest=largest,
+        )
+
+
+class PackedConv1D(PackedLinear):
+    """The ``Conv1D`` of GPT-2 as it is deployed; the packed weight is (outputs, inputs), as for a linear layer."""
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight that the bits stand for, (outputs, inputs), laid out in memory as the trained one is."""
+        return super().dense_weight(dtype).t().contiguous().t()
+
+
+class PackedEmbedding(PackedLayer):
+    """An ``nn.Embedding`` as it is deployed: only the rows that are looked up are unpacked.
+
+    Args:
+        rows: entries.
+        columns: width of an entry.
+        settings: how it is quantized.
+        device: where the tensors are created, without values.
+        padding_idx: the dense layer's, for those who read it.
+        dtype: type of what it returns; follows the model when that is cast.
+    """
+
+    output_type: torch.Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        settings: LayerSettings,
+        device: torch.device | None = None,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(rows, columns, settings, device)
+        self.num_embeddings = rows
+        self.embedding_dim = columns
+        self.padding_idx = padding_idx
+        self.register_buffer("output_type", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rows: (…) integers → (…, embedding_dim).
+
+        Raises:
+            IndexError: if a number is not that of a row.
+        """
+        rows = tokens.reshape(-1)
+        codes = unpack_rows(self.weight, self.settings.weight.bits, rows, self.columns)
+        values = dequantize_weight(codes, self.weight_scale[rows], self.output_type.dtype)
+        return values.view(*tokens.shape, self.columns)
