@@ -26,7 +26,8 @@ def group_names(optimizer: Optimizer, module: nn.Module) -> GroupNames:
 def restore_groups(optimizer: Optimizer, module: nn.Module, names: GroupNames, schedules: Iterable[Any] = ()) -> None:
     """Give the parameter groups of a new optimizer the members, the order and the number that ``names`` says.
 
-    Afterwards the saved state fits by position. A group whose parameters are all gone is put back, empty.
+    Afterwards the saved state fits by position. A group whose parameters are all gone is put back, empty. Functions
+    inside a schedule are the new ones, because no checkpoint holds them; an empty group gets any of them.
 
     Args:
         optimizer: just configured for ``module``, its state not yet loaded; edited in place.
@@ -87,7 +88,7 @@ def _extend_schedule(schedule: Any, optimizer: Optimizer, places: Sequence[int |
     for key in _PER_GROUP:
         values = getattr(schedule, key, None)
         if isinstance(values, list) and len(values) == count:
-            setattr(schedule, key, [values[0 if place is None else place] for place in places])
+            setattr(schedule, key, [values[place or 0] for place in places])
 
 
 def _flat(names: GroupNames) -> Iterator[str | None]:

@@ -1,0 +1,73 @@
+"""One table of cases: what each method does to a model in training, and when.
+
+It drives training, resume, export and reload; a new method adds its rows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning.pytorch.callbacks import Callback
+
+from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
+
+
+@dataclass(frozen=True)
+class Case:
+    """Callbacks to train with, and the (operation, optimizer step) that must then stand in the log."""
+
+    name: str
+    callbacks: Callable[[], list[Callback]]
+    operations: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("binary", lambda: [QuantizationAwareTraining(weight_bits=1, start=2)], (("quantize", 2),)),
+    Case(
+        "ternary from the start",
+        lambda: [QuantizationAwareTraining(weight_bits=2, granularity="per_channel", activation_bits=None)],
+        (("quantize", 0),),
+    ),
+    Case(
+        "bits that step down",
+        lambda: [QuantizationAwareTraining(weight_bits={0: 8, "epoch:1": 4, "fraction:0.75": 1})],
+        (("quantize", 0), ("quantize", 4), ("quantize", 6)),
+    ),
+    Case(
+        "static ranges, clipped",
+        lambda: [
+            QuantizationAwareTraining(weight_bits=3, activation_range="static", symmetric=False, clip=2.5, start=3)
+        ],
+        (("quantize", 3),),
+    ),
+    Case(
+        "two quantizers",
+        lambda: [
+            QuantizationAwareTraining(weight_bits=4, targets=r"embed", activation_bits=None, start=1),
+            QuantizationAwareTraining(
+                weight_bits=1, exclude=r"embed|tied", granularity="per_group", group_size=8, start=3
+            ),
+        ],
+        (("quantize", 1), ("quantize", 3)),
+    ),
+    Case("reduction", lambda: [LayerReduction(start=3)], (("reduce_layers", 3),)),
+    Case("reduction from the start", lambda: [LayerReduction("last", keep=2)], (("reduce_layers", 0),)),
+    Case(
+        "pruning",
+        lambda: [LayerPruning({2: 1, "fraction:0.625": 1}, measure_steps=2)],
+        (("reduce_layers", 2), ("reduce_layers", 5)),
+    ),
+    Case(
+        "all together",
+        lambda: [
+            QuantizationAwareTraining(weight_bits={2: 2, 6: 1}),
+            LayerReduction(keep=3, start=3),
+            LayerPruning({5: 1}),
+        ],
+        (("quantize", 2), ("reduce_layers", 3), ("reduce_layers", 5), ("quantize", 6)),
+    ),
+)
