@@ -81,7 +81,7 @@ class GLUEDataModule(LightningDataModule):
         self.data = data
         self.batch_size = _at_least_one("batch_size", batch_size)
         self.eval_batch_size = _at_least_one("eval_batch_size", eval_batch_size)
-        self.max_length = _at_least_one("max_length", max_length) if max_length else self.task.max_length
+        self.max_length = self.task.max_length if max_length is None else _at_least_one("max_length", max_length)
         self.num_workers = num_workers
         self.limit_train = _at_least_one("limit_train", limit_train) if limit_train is not None else None
         self.augmented = augmented

@@ -77,7 +77,7 @@ def cached_tokens(
         Columns ``input_ids``, ``token_type_ids`` where the tokenizer gives them, and ``labels`` where there are any.
 
     Raises:
-        FiftyfoldError: if the cache cannot be written.
+        FiftyfoldError: if the cache cannot be written, or if its entry cannot be read.
     """
     key = {
         "format": _FORMAT_VERSION,
@@ -92,7 +92,10 @@ def cached_tokens(
     if not entry.is_dir():
         tokens = tokenize(read(), tokenizer, max_length=max_length, description=f"Tokenizing {task} {split}")
         _store(tokens, entry)
-    return datasets.load_from_disk(str(entry))
+    try:
+        return datasets.load_from_disk(str(entry))
+    except (OSError, ValueError) as error:
+        raise FiftyfoldError(f"The cache's entry {entry} is damaged; remove it and start again.") from error
 
 
 def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, description: str) -> datasets.Dataset:

@@ -11,6 +11,7 @@ import torch
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fiftyfold.errors import FiftyfoldError
 
@@ -233,6 +234,9 @@ def _whole_words(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[st
 
 
 def _load(auto_class: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    verbosity = logging.get_verbosity()
+    # a head that is missing or left over says nothing about the embedding
+    logging.set_verbosity_error()
     try:
         return auto_class.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -241,3 +245,5 @@ def _load(auto_class: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"No model with a tokenizer could be loaded from {name!r} for augmentation ({reason}); give a folder or a"
             " hub id."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -16,6 +16,12 @@ from fiftyfold.datamodules import GLUEDataModule
 from tests.datamodules.conftest import write_sst2
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+]
+
+
 class KilledError(Exception):
     """Stands for the process's end."""
 
