@@ -3,5 +3,6 @@
 from fiftyfold.callbacks.layer_pruning import LayerPruning
 from fiftyfold.callbacks.layer_reduction import LayerReduction
 from fiftyfold.callbacks.quantization_aware_training import QuantizationAwareTraining
+from fiftyfold.callbacks.random_states import RandomStates
 
-__all__ = ["LayerPruning", "LayerReduction", "QuantizationAwareTraining"]
+__all__ = ["LayerPruning", "LayerReduction", "QuantizationAwareTraining", "RandomStates"]
