@@ -21,7 +21,7 @@ from fiftyfold.modules.distillation_losses import (
     mean_squared_error,
     soft_cross_entropy,
 )
-from fiftyfold.modules.fine_tuning import load_classifier
+from fiftyfold.modules.fine_tuning import load_classifier, load_student
 from fiftyfold.modules.layer_reduction import choose_layers, student_from_teacher, surviving_layers
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import attach_structure, structure_log
@@ -68,8 +68,8 @@ class DistillationModule(TaskModule):
     Args:
         teacher: a fine-tuned classifier: a folder, a hub id, or a model. A model is frozen in place, and is not stored:
             ``load_from_checkpoint`` then needs it as ``teacher=``.
-        student: a folder or hub id to begin from, e.g. a student of an earlier distillation; by default a copy of the
-            teacher.
+        student: a folder or hub id to begin from, e.g. a student of an earlier distillation or an exported folder; by
+            default a copy of the teacher.
         layers: which of the teacher's layers the student has: ``"all"``, ``"every-other"``, ``"first"``, ``"last"`` or
             a list of indices from 0. It is also what maps the losses, so name it for a ``student`` too.
         keep: how many layers, for the named choices; half of them by default.
@@ -236,9 +236,14 @@ def _listed(stages: Sequence[Stage | Mapping[str, float]]) -> list[Stage]:
 
 
 def _begin_student(student: str | None, teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    if student is None:
-        return student_from_teacher(teacher, layers).float()
-    return load_classifier(student, "student").train()
+    if student is not None:
+        return load_student(student, "student")
+    if not all(parameter.is_floating_point() for parameter in teacher.parameters()):
+        raise FiftyfoldError(
+            "a student cannot be copied from a teacher with packed weights; name the fine-tuned model that the teacher "
+            "was made from, or a student to begin from (student=...)."
+        )
+    return student_from_teacher(teacher, layers).float()
 
 
 def _check_fit(

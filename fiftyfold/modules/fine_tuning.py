@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.packed.layers import PackedLayer
+from fiftyfold.modules.packed.trainable import make_trainable
 from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
 
@@ -18,7 +20,8 @@ class FineTuningModule(TaskModule):
     """Trains a transformers model on the labels of a task.
 
     Args:
-        model: a folder or hub id. A missing classifier is made anew, and so is one whose number of labels differs.
+        model: a folder or hub id; from an exported folder, training goes on. A missing classifier is made anew, and so
+            is one whose number of labels differs.
         num_labels: number of classes, 1 for regression; by default what the model's configuration says.
         optimizer: makes the optimizer from parameter groups.
         weight_decay: decay of the weight matrices; biases and normalisation weights have none.
@@ -39,8 +42,7 @@ class FineTuningModule(TaskModule):
         super().__init__(optimizer, weight_decay, warmup)
         self.save_hyperparameters()
         self.save_hyperparameters(ignore=self._unstorable_hyperparameters())
-        # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
-        self.model = load_classifier(model, "model", num_labels).train()
+        self.model = load_student(model, "model", num_labels)
         attach_structure(self.model)
 
     @property
@@ -51,6 +53,26 @@ class FineTuningModule(TaskModule):
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss against the labels."""
         return {"loss": label_loss(self(batch), batch["labels"])}
+
+
+def load_student(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:
+    """Load a model for sequence classification, ready to train.
+
+    An exported folder's packed layers become quantized ones with floating-point weights.
+
+    Args:
+        source: a folder or hub id.
+        role: how messages call the model.
+        num_labels: number of labels; None for what the configuration says.
+
+    Raises:
+        FiftyfoldError: if there is no such model or it cannot be read.
+    """
+    model = load_classifier(source, role, num_labels)
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        make_trainable(model)
+    # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
+    return model.requires_grad_(True).float().train()
 
 
 def load_classifier(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:

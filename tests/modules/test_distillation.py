@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import DistillationModule, load_from_checkpoint, prune_layers, quantize, reduce_layers
+from fiftyfold.modules import DistillationModule, export, load_from_checkpoint, prune_layers, quantize, reduce_layers
 from fiftyfold.modules.distillation import Stage
 from fiftyfold.modules.distillation_losses import attention_score_loss, hidden_state_loss, soft_cross_entropy
 from fiftyfold.modules.evaluation_task import UnnamedTask
@@ -232,6 +232,23 @@ class TestStudent:
         assert second.student.training
         with pytest.raises(FiftyfoldError, match="student has 2 layers"):
             distil(teacher, student=str(tmp_path / "student"))
+
+    def test_it_can_go_on_from_an_exported_folder(self, tmp_path):
+        first = distil(layers=[1, 3])
+        quantize(first.student, weight_bits=1)
+        fit(first)
+        export(first.student, tmp_path / "out")
+        second = distil(student=str(tmp_path / "out"), layers=[1, 3])
+        assert second.kept_layers() == [1, 3]
+        first.eval()
+        second.eval()
+        torch.testing.assert_close(second(tiny_batch()), first(tiny_batch()), atol=2e-3, rtol=0)
+        second.train()
+        fit(second).save_checkpoint(tmp_path / "a.ckpt")
+        loaded = DistillationModule.load_from_checkpoint(tmp_path / "a.ckpt", teacher=tiny_bert())
+        assert same_weights(loaded, second)
+        with pytest.raises(FiftyfoldError, match="packed"):
+            distil(str(tmp_path / "out"))
 
     def test_layers_that_go_later_leave_the_maps_too(self):
         module = distil(tiny_bert(layers=6), layers=[0, 1, 3, 5])
