@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -72,12 +73,17 @@ class OperationCallback(Callback, ABC):
     def describe(self, operation: Operation, root: nn.Module) -> str:
         """Say in one line what was done."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module, and every averaged copy of it, take its structure from a checkpoint."""
         if self.changes_shapes and isinstance(trainer.strategy, _SHARDED):
             raise FiftyfoldError(
                 f"{type(self).__name__} cannot change a model that {type(trainer.strategy).__name__} has sharded; "
                 "change the model with the plain function before it is handed to the Trainer."
+            )
+        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "Lightning hands the weights back to the process that called fit, whose module is not compressed; "
+                "call fit inside `with fiftyfold.modules.structure.replaying():`, or load a checkpoint afterwards."
             )
         for module in (pl_module, *averaged_copies(trainer)):
             listen(module)
