@@ -7,12 +7,12 @@ from typing import Literal, get_args
 
 from fiftyfold.errors import FiftyfoldError
 
-Path = Literal["auto", "integer", "reference"]
-"""``reference``: weights are unpacked to floats and activations are quantized as in training, so that the outputs
-equal the trained model's bit for bit. ``integer``: the products are 8-bit integers, summed exactly and scaled at the
-end; a layer that has no such form takes the reference. ``auto``, the default: integer where it is faster."""
+Path = Literal["integer", "reference"]
+"""``integer``, the default: the products are 8-bit integers, summed exactly and scaled at the end; a layer that has no
+such form takes the reference. ``reference``: weights are unpacked to floats and activations are quantized as in
+training, so that the outputs equal the trained model's bit for bit; slower."""
 
-_current: Path = "auto"
+_current: Path = "integer"
 
 
 def current_path() -> Path:
@@ -24,7 +24,7 @@ class use_path:  # noqa: N801 - used as a function, like torch.set_grad_enabled
     """Choose the arithmetic of packed layers in this process, for good or for the length of a ``with`` block.
 
     Args:
-        path: ``"auto"``, ``"integer"`` or ``"reference"``, see :data:`Path`.
+        path: ``"integer"`` or ``"reference"``, see :data:`Path`.
 
     Raises:
         FiftyfoldError: if there is no such path.

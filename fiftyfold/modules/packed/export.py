@@ -44,6 +44,8 @@ from fiftyfold.modules.packed.weights_file import write_tensors
 from fiftyfold.modules.structure import compression_root
 from fiftyfold.modules.surgery import replace_module
 
+__all__ = ["REPORT_FILE", "export", "round_rest"]
+
 REPORT_FILE = "fiftyfold_report.json"
 """Where an exported folder keeps its report."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -115,11 +114,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _is_model_class(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+
+
 def _from_pretrained(folder: Path, architecture: str) -> PreTrainedModel:
     if not architecture:
         raise FiftyfoldError(f"{folder} holds a model that is not transformers'; pass one to fill as into=….")
     cls: Any = getattr(transformers, architecture, None)
-    if not (inspect.isclass(cls) and issubclass(cls, PreTrainedModel)):
+    if not _is_model_class(cls):
         raise FiftyfoldError(f"transformers has no class {architecture}; pass a model to fill as into=….")
     try:
         return cls.from_pretrained(folder, local_files_only=True)
