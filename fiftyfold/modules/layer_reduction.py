@@ -140,13 +140,17 @@ def _spread(total: int, keep: int) -> list[int]:
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:
-    total = len(layer_stack(model, str(operation["stack"])))
-    if total != operation["of"]:
+    try:
+        stack, layers, expected = str(operation["stack"]), list(operation["layers"]), operation["of"]
+    except (KeyError, TypeError) as error:
+        raise FiftyfoldError("the log's entry 'reduce_layers' cannot be read; the file is corrupt.") from error
+    total = len(layer_stack(model, stack))
+    if total != expected:
         raise FiftyfoldError(
-            f"the structure log drops layers from {operation['of']}, but the model has {total}; "
+            f"the structure log drops layers from {expected}, but the model has {total}; "
             "build the model as it was when its training began."
         )
-    keep_layers(model, str(operation["stack"]), operation["layers"])
+    keep_layers(model, stack, layers)
 
 
 register_operation(OPERATION, _replay)

@@ -208,7 +208,7 @@ def check_log(operations: object) -> list[Operation]:
     if not isinstance(operations, list):
         raise FiftyfoldError("the structure log is not a list of operations; the file is corrupt.")
     for operation in operations:
-        if not isinstance(operation, dict) or operation.get("op") not in _REPLAYS:
+        if not isinstance(operation, dict) or str(operation.get("op")) not in _REPLAYS:
             raise FiftyfoldError(f"the structure log holds an unknown operation: {str(operation)[:80]}.")
     return operations
 

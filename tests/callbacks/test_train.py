@@ -1,0 +1,148 @@
+"""What each method does to a model in training."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+
+from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.quantization.layers import quantized_layers
+from fiftyfold.modules.structure import compression_root, structure_log
+from tests.cases import CASES
+from tests.strangers import MODULES, STEPS, BertUser, OddUser, make_trainer
+
+
+class _Watch(Callback):
+    """Keeps the weights of each step, and checks what must hold after all of them."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        held = [id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in pl_module.parameters()), (
+            "the optimizer trains the model's parameters"
+        )
+        known = {id(p) for p in pl_module.parameters()}
+        assert all(id(p) in known for p in trainer.optimizers[0].state), "no moments of parameters that are gone"
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+@pytest.mark.parametrize("module_class", MODULES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_train(case, module_class):
+    watch = _Watch()
+    module = module_class()
+    make_trainer([*case.callbacks(), watch]).fit(module)
+    log = structure_log(compression_root(module))
+    assert tuple((entry["op"], entry["step"]) for entry in log) == case.operations
+    last, before = watch.weights[-1], watch.weights[-2]
+    assert all(torch.isfinite(value).all() for value in last.values())
+    names = [
+        name for name, _ in compression_root(module).named_parameters() if "up.weight" in name or "query.weight" in name
+    ]
+    prefix = "model." if module_class is BertUser else ""
+    assert names
+    assert all(not torch.equal(last[prefix + name], before[prefix + name]) for name in names), "training goes on"
+
+
+def test_nothing_happens_before_its_time():
+    """Up to the operation, the run is the same as one without it, bit by bit."""
+    plain, watched = _Watch(), _Watch()
+    make_trainer([plain]).fit(OddUser())
+    make_trainer([QuantizationAwareTraining(start=3), watched]).fit(OddUser())
+    same = [
+        all(torch.equal(value, other[name]) for name, value in one.items())
+        for one, other in zip(plain.weights, watched.weights, strict=True)
+    ]
+    assert same == [True] * 3 + [False] * (STEPS - 3)
+
+
+def test_learning_rates_go_on():
+    """An operation restarts no schedule."""
+
+    class Rates(Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    plain, changed = Rates(), Rates()
+    make_trainer([plain]).fit(BertUser())
+    make_trainer([LayerReduction(start=3), changed]).fit(BertUser())
+    assert plain.rates == changed.rates
+
+
+def test_a_run_that_starts_reduced_is_a_run_of_the_reduced_model():
+    from fiftyfold.modules import reduce_layers
+
+    by_callback, by_hand = BertUser(), BertUser()
+    make_trainer([LayerReduction([0, 3])]).fit(by_callback)
+    reduce_layers(by_hand.model, [0, 3])
+    make_trainer().fit(by_hand)
+    for name, parameter in by_hand.model.named_parameters():
+        assert torch.equal(parameter, by_callback.model.get_parameter(name)), name
+
+
+def test_averaged_copy_follows():
+    average = EMAWeightAveraging(decay=0.5)
+    module = BertUser()
+    make_trainer([average, LayerReduction(start=2), QuantizationAwareTraining(start=4)]).fit(module)
+    copied = average._average_model.module.model
+    assert structure_log(copied) == structure_log(module.model)
+    assert len(copied.bert.encoder.layer) == 2
+    assert dict(quantized_layers(copied)).keys() == dict(quantized_layers(module.model)).keys()
+
+
+def test_pruning_drops_what_does_nothing():
+    module = BertUser()
+    for name, parameter in module.model.bert.encoder.layer[1].named_parameters():
+        if "output" in name and "LayerNorm" not in name:
+            parameter.data.zero_()
+    layers = list(module.model.bert.encoder.layer)
+    make_trainer([LayerPruning({1: 1})]).fit(module)
+    (entry,) = structure_log(module.model)
+    assert entry["layers"] == [0, 2, 3]
+    assert entry["importance"][1] == min(entry["importance"])
+    assert list(module.model.bert.encoder.layer) == [layers[0], layers[2], layers[3]]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (lambda: [LayerPruning({0: 1})], "step 0"),
+        (lambda: [LayerPruning({1: 2, 2: 2})], "leave at least one"),
+        (lambda: [LayerPruning({})], "schedule"),
+        (lambda: [LayerPruning({4: 1, "epoch:1": 1})], "same optimizer step"),
+        (lambda: [LayerPruning({2: 1}, measure_steps=0)], "measure_steps"),
+        (lambda: [LayerReduction(keep=9)], "keep 1 to 4"),
+        (lambda: [LayerReduction([4])], "no layer 4"),
+        (lambda: [QuantizationAwareTraining({0: 2, 3: 8})], "step down"),
+        (lambda: [QuantizationAwareTraining({0: 8}, start=3)], "leave start out"),
+        (lambda: [QuantizationAwareTraining(targets="no such layer", start=5)], "no such layer"),
+        (lambda: [QuantizationAwareTraining(5)], "5"),
+        (lambda: [QuantizationAwareTraining(2), QuantizationAwareTraining(1, targets="query")], "exclude"),
+    ],
+)
+def test_impossible_plans_are_refused_at_the_start(callbacks, message):
+    watch = _Watch()
+    with pytest.raises(FiftyfoldError, match=message):
+        make_trainer([*callbacks(), watch]).fit(BertUser())
+    assert not watch.weights
+
+
+def test_sharded_strategies_are_refused():
+    trainer = SimpleNamespace(strategy=FSDPStrategy.__new__(FSDPStrategy), callbacks=[])
+    with pytest.raises(FiftyfoldError, match="sharded"):
+        LayerReduction().setup(trainer, BertUser(), "fit")
+
+
+def test_what_never_comes_is_announced():
+    with pytest.warns(UserWarning, match="never comes"):
+        make_trainer([LayerReduction(start=STEPS)]).fit(BertUser())
