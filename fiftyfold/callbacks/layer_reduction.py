@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -23,9 +25,9 @@ class LayerReduction(OperationCallback):
     operation = OPERATION
     changes_shapes = True
 
-    def __init__(self, layers: str | list[int] = "every-other", keep: int | None = None, start: When = 0) -> None:
+    def __init__(self, layers: str | Sequence[int] = "every-other", keep: int | None = None, start: When = 0) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers = layers if isinstance(layers, str) else list(layers)
         self.keep = keep
         self.start = Moment.parse(start)
 

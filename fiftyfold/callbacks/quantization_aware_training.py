@@ -68,8 +68,8 @@ class QuantizationAwareTraining(OperationCallback):
             "activation_bits": activation_bits,
             "granularity": granularity,
             "group_size": group_size,
-            "targets": targets,
-            "exclude": exclude,
+            "targets": _plain(targets),
+            "exclude": _plain(exclude),
             "symmetric": symmetric,
             "activation_range": activation_range,
             "full_range": full_range,
@@ -119,3 +119,8 @@ class QuantizationAwareTraining(OperationCallback):
     def _operation(self, root: nn.Module, bits: int, step: int) -> Operation:
         arguments: QuantizeArguments = {**self.arguments, "weight_bits": bits}
         return quantize_operation(root, step=step, **arguments)
+
+
+def _plain(patterns: Targets) -> Targets:
+    """Lists from a configuration file and tuples from a script are to name the same event."""
+    return patterns if isinstance(patterns, str) else tuple(patterns)

@@ -30,9 +30,7 @@ def tied_parameter_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def update_optimizer(
-    optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
-) -> None:
+def update_optimizer(optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
     """Edit ``optimizer`` in place after a model's parameters changed.
 
     Parameters that the model lost leave their group, and their state goes with them. A new parameter enters the group,
