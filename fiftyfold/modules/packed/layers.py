@@ -6,6 +6,7 @@ whoever loads the file without fiftyfold gets an error and not a model of random
 
 On the reference path (see :mod:`fiftyfold.kernels.path`) the outputs equal those of the layer that was trained, bit for
 bit. On the integer path they differ by rounding in float32 alone, see :func:`fiftyfold.kernels.linear.integer_linear`.
+Where gradients are asked for, a layer takes the reference path.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ class PackedLinear(PackedLayer):
     def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
         if current_path() == "reference" or self.settings.weight.granularity == "per_group" or not settings.symmetric:
             return False
-        return x.numel() > 0 and self.columns <= LARGEST_INPUTS and not (x.requires_grad and torch.is_grad_enabled())
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return False
+        return x.numel() > 0 and self.columns <= LARGEST_INPUTS
 
     def _multiply_integers(self, x: torch.Tensor, settings: ActivationSettings) -> torch.Tensor:
         largest = None

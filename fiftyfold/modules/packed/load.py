@@ -45,7 +45,7 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None, train
         into: for models that are not transformers': a model built as it was before anything compressed it. It is
             changed in place. Leave it out otherwise.
         trainable: give back floating-point weights that quantize as before, so that training can go on; otherwise the
-            weights stay packed, for inference.
+            weights stay packed, for inference, and no parameter asks for gradients.
 
     Returns:
         The model, in evaluation mode; with ``into``, that one.
@@ -84,6 +84,7 @@ def fill(model: nn.Module, folder: Path, manifest: Manifest) -> None:
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     share_tied_tensors(root, manifest)
+    root.requires_grad_(False)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:

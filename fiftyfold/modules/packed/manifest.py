@@ -128,9 +128,14 @@ def _read_tied(content: object, packed: Mapping[str, PackedEntry]) -> dict[str, 
     if not isinstance(content, Mapping):
         raise _broken("'tied' is no mapping")
     for name, source in content.items():
-        if name not in packed or source not in packed or source in content:
+        taker, owner = packed.get(name), packed.get(source) if isinstance(source, str) else None
+        if taker is None or owner is None or source in content or not _can_share(taker, owner):
             raise _broken(f"{name!r} cannot share the tensors of {source!r}")
     return dict(content)
+
+
+def _can_share(one: PackedEntry, other: PackedEntry) -> bool:
+    return one.shape == other.shape and one.settings.weight == other.settings.weight
 
 
 def _broken(reason: str) -> FiftyfoldError:

@@ -103,6 +103,7 @@ class FiftyfoldQuantizer(HfQuantizer):
             # The file is mapped into memory, where a tensor may begin at any address; sums over numbers that are not
             # aligned may be rounded in another order, and equal weights then give unequal outputs.
             tensor.data = tensor.data.clone()
+        model.requires_grad_(False)
         if _is_exported_class(model):
             adopt_log(model, self.manifest.structure)
 

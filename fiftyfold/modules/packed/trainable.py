@@ -16,7 +16,7 @@ def make_trainable(model: nn.Module) -> None:
     """Replace packed layers by quantized ones, in place; the model computes what it computed before.
 
     The floating-point weights are those that the bits stand for, since the ones of the earlier training are gone:
-    quantized again, they give the same bits. Where the same bits tie two layers, the new weights are tied as well.
+    quantized again, they give the same bits. Where the same bits tie two layers, the new weights are tied as well. All parameters train.
 
     Args:
         model: a model with packed layers.
@@ -33,6 +33,7 @@ def make_trainable(model: nn.Module) -> None:
                 if name in dense._buffers:
                     dense._buffers[name] = module.get_buffer(name)
             replace_module(model, module, dense.train(module.training))
+    model.requires_grad_(True)
     if isinstance(model, PreTrainedModel) and model.hf_quantizer is not None:
         model.hf_quantizer.remove_quantization_config(model)
         model.config._is_quantized = False
