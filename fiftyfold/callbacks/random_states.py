@@ -93,6 +93,12 @@ class RandomStates(Callback):
         self._pending = checkpoint.get(CHECKPOINT_KEY) if trainer.state.fn == TrainerFn.FITTING else None
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning gives a loader its state as it makes the loader. Where configure_optimizers asks for
+        # trainer.estimated_stepping_batches, that is before the state is taken from the checkpoint.
+        trainer.fit_loop._load_combined_loader_states()
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
