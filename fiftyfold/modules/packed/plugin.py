@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -161,6 +162,12 @@ def _declare_ties(model: PreTrainedModel, manifest: Manifest, headers: Mapping[s
         ties[f"{name}.weight"] = f"{owner}.weight"
         # It comes back with the weight, after loading: transformers ties parameters only.
         model.get_submodule(name).weight_scale = None
+    # Tying would cut or lengthen the output layer's bias to the packed weight's number of bytes.
+    model._adjust_bias = _leave_bias
+
+
+def _leave_bias(output_layer: nn.Module, embedding: nn.Module) -> None:
+    """Do nothing, in the place of a method of transformers' models."""
 
 
 def _check_headers(model: PreTrainedModel, manifest: Manifest, headers: Mapping[str, TensorHeader], file: Path) -> None:

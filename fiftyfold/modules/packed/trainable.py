@@ -16,7 +16,8 @@ def make_trainable(model: nn.Module) -> None:
     """Replace packed layers by quantized ones, in place; the model computes what it computed before.
 
     The floating-point weights are those that the bits stand for, since the ones of the earlier training are gone:
-    quantized again, they give the same bits. Where the same bits tie two layers, the new weights are tied as well. All parameters train.
+    quantized again, they give the same bits. Where the same bits tie two layers, the new weights are tied as well. All
+    parameters train.
 
     Args:
         model: a model with packed layers.
@@ -37,6 +38,7 @@ def make_trainable(model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel) and model.hf_quantizer is not None:
         model.hf_quantizer.remove_quantization_config(model)
         model.config._is_quantized = False
+        model.__dict__.pop("_adjust_bias", None)
 
 
 def _latent_weight(packed: PackedLayer, dtype: torch.dtype) -> torch.Tensor:

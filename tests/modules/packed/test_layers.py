@@ -106,7 +106,7 @@ def test_the_integer_path_agrees_within_its_tolerance(rows, inputs, outputs, bit
 
 def test_the_integer_path_is_the_default_and_the_choice_can_be_undone(monkeypatch):
     calls = []
-    trained, packed = pair(nn.Linear(8, 4), LayerSettings(WeightSettings(), ActivationSettings()))
+    _, packed = pair(nn.Linear(8, 4), LayerSettings(WeightSettings(), ActivationSettings()))
     monkeypatch.setattr(type(packed), "_multiply_integers", lambda self, x, _: calls.append(x) or x)
     x = torch.randn(2, 8)
     assert current_path() == "integer"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 
@@ -92,13 +91,17 @@ def test_language_models_load_and_generate(tmp_path, kind, tie):
 def test_a_masked_language_model_keeps_its_tie(tmp_path):
     config = tiny_config("bert")
     model = quantized(BertForMaskedLM(config).eval(), targets=["embeddings", "encoder"])
+    nn.init.uniform_(model.cls.predictions.bias)
     assert "cls.predictions.decoder" in dict(quantized_layers(model))
     round_rest(model)
     export(model, tmp_path / "out")
     loaded, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
+    loaded.tie_weights()
+    assert loaded.cls.predictions.bias.shape == (100,)
     assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
     assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(load(tmp_path / "out", trainable=True)), logits(model))
 
 
 def test_labels_tokenizer_and_pipeline_come_along(folder):
@@ -125,7 +128,7 @@ def test_saving_a_loaded_model_again_keeps_bits_and_size(folder, model, tmp_path
 
 
 def test_saving_again_in_several_files_works(folder, model, tmp_path):
-    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size=5000)
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size=2000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "shards")), logits(model))
 
@@ -176,7 +179,7 @@ def test_loaded_weights_lie_where_sums_round_alike(folder):
 
 
 def test_an_embedding_in_bits_cannot_be_resized(folder):
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         load(folder).resize_token_embeddings(200)
 
 
@@ -285,36 +288,37 @@ import sys
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, pipeline
 from transformers.utils import logging
 logging.set_verbosity_error()
-folder = sys.argv[1]
 openers = [
     AutoModelForSequenceClassification.from_pretrained,
     BertForSequenceClassification.from_pretrained,
     AutoModel.from_pretrained,
     lambda folder: pipeline("text-classification", model=folder),
 ]
-for open_folder in openers:
-    try:
-        open_folder(folder)
-    except (RuntimeError, ValueError, OSError) as error:
-        print("refused")
-    else:
-        print("SILENT")
+for folder in sys.argv[1:]:
+    for number, open_folder in enumerate(openers):
+        try:
+            open_folder(folder)
+        except (RuntimeError, ValueError, OSError):
+            continue
+        print("SILENT", folder, number)
+print("end")
 assert not any(name.startswith("fiftyfold") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("bits", [1, 8])
-def test_without_the_plug_in_every_way_to_open_it_raises(tmp_path, bits):
-    model = quantized(BertForSequenceClassification(tiny_config("bert", layers=1)).eval(), weight_bits=bits)
-    export(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    load(tmp_path / "out").save_pretrained(tmp_path / "again")
-    shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path / "again")
-    shutil.copy(tmp_path / "out" / "tokenizer_config.json", tmp_path / "again")
-    for name in ("out", "again"):
-        command = [sys.executable, "-c", WITHOUT, str(tmp_path / name)]
-        environment = {**os.environ, "PYTHONPATH": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
-        assert done.stdout.split() == ["refused"] * 4, done.stderr
+def test_without_the_plug_in_every_way_to_open_it_raises(tmp_path):
+    folders = []
+    for bits in (1, 8):
+        model = quantized(BertForSequenceClassification(tiny_config("bert", layers=1)).eval(), weight_bits=bits)
+        folder, again = tmp_path / f"{bits}", tmp_path / f"{bits}-again"
+        export(model, folder, tokenizer=tiny_tokenizer())
+        load(folder).save_pretrained(again)
+        tiny_tokenizer().save_pretrained(again)
+        folders += [str(folder), str(again)]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-c", WITHOUT, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert done.stdout == "end\n", done.stdout + done.stderr
 
 
 def test_no_packed_weight_has_the_shape_of_a_dense_one(tmp_path):
