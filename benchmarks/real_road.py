@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from transformers import AutoTokenizer
 
 from fiftyfold.app.recipe import Recipe
-from fiftyfold.app.road import build_callbacks, build_data, travel
-from fiftyfold.app.training import open_work_folder, quiet_lightning, score, train
-from fiftyfold.modules import FineTuningModule
+from fiftyfold.app.road import build_callbacks, build_data, fine_tune, travel
+from fiftyfold.app.training import quiet_lightning, score
 
 RESULTS = Path(__file__).parent / "results" / "real_road"
 SEED = 42
@@ -40,11 +38,11 @@ class TaskBudget:
 
 
 BUDGETS = {
-    "sst2": TaskBudget(2, 4, 20_000),
-    "mrpc": TaskBudget(4, 10),
-    "rte": TaskBudget(5, 8),
-    "stsb": TaskBudget(4, 8),
-    "qnli": TaskBudget(3, 4),
+    "sst2": TaskBudget(2, 3, 20_000),
+    "mrpc": TaskBudget(4, 7),
+    "rte": TaskBudget(5, 6),
+    "stsb": TaskBudget(4, 6),
+    "qnli": TaskBudget(3, 2),
 }
 TEACHER_LEARNING_RATE = 1e-4
 STUDENT_LEARNING_RATE = 4e-4
@@ -105,37 +103,16 @@ def run_cell(cell: str, model: str, data: str, work: Path) -> dict[str, Any]:
     )
     if variant == "teacher":
         recipe = replace(recipe, teacher=model, epochs=budget.teacher_epochs, learning_rate=TEACHER_LEARNING_RATE)
-        return fine_tune(recipe, teacher, quantized=False)
+        module = fine_tune(recipe, teacher)
+        module.model.save_pretrained(teacher)
+        AutoTokenizer.from_pretrained(model).save_pretrained(teacher)
+        return {"recipe": recipe.to_json(), "scores": score(module, build_data(recipe))}
     if variant == "w1a8-no-distillation":
-        return fine_tune(recipe, work / cell, quantized=True)
+        module = fine_tune(recipe, work / cell, build_callbacks(recipe))
+        return {"recipe": recipe.to_json(), "scores": score(module, build_data(recipe))}
     recipe = replace(recipe, **VARIANTS[variant])
     rows = travel(recipe, work / cell)
     return {"recipe": recipe.to_json(), "rows": [row.to_json() for row in rows]}
-
-
-def fine_tune(recipe: Recipe, folder: Path, *, quantized: bool) -> dict[str, Any]:
-    """Train on the labels alone: a teacher, or a quantized baseline."""
-    lightning.seed_everything(recipe.seed, verbose=False)
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
-    data = build_data(recipe)
-    module = FineTuningModule(
-        recipe.teacher,
-        num_labels=data.num_labels,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
-    )
-    work = folder.with_name(folder.name + ".work")
-    callbacks = build_callbacks(recipe) if quantized else ()
-    options = recipe.to_json()
-    train(
-        module, data, epochs=recipe.epochs, work=work, callbacks=callbacks, resume_from=open_work_folder(work, options)
-    )
-    torch.set_float32_matmul_precision("highest")
-    scores = score(module, data)
-    if not quantized:
-        module.model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
-    shutil.rmtree(work, ignore_errors=True)
-    return {"recipe": options, "scores": scores}
 
 
 def machine() -> dict[str, Any]:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
-import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from fiftyfold.app.quickstart_task import vocabulary, write_task
 from fiftyfold.app.recipe import Recipe
-from fiftyfold.app.road import build_data, travel
+from fiftyfold.app.road import build_data, fine_tune, travel
 from fiftyfold.app.summary import Row
-from fiftyfold.app.training import quiet_lightning, score, train
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.app.training import claim_output, quiet_lightning, score
 from fiftyfold.modules import FineTuningModule, quantize
 
 TRAIN_ROWS = 8000
 DEV_ROWS = 1000
 TEACHER_EPOCHS = 8
+TEACHER_LEARNING_RATE = 5e-4
 STUDENT_EPOCHS = 8
+STUDENT_LEARNING_RATE = 1e-3
 
 
-def quickstart(output: str | None = None, *, seed: int = 42) -> None:
+def quickstart(*, output: str | None = None, seed: int = 42) -> None:
     """Try everything offline in minutes: make a task, train a teacher, compress it, reload it, compare.
 
     Args:
@@ -31,28 +31,25 @@ def quickstart(output: str | None = None, *, seed: int = 42) -> None:
         seed: seed of the generated task and of all training.
     """
     folder = _free_folder() if output is None else Path(output)
-    if folder.exists() and any(folder.iterdir()):
-        raise FiftyfoldError(f"{folder} already holds something; name another folder, or move that one away.")
+    claim_output(folder)
     quiet_lightning()
-    data, teacher = folder / "data", folder / "teacher"
-    print(f"1/4  writing {TRAIN_ROWS + DEV_ROWS} generated sentences to {data}")
-    write_task(data, train_rows=TRAIN_ROWS, dev_rows=DEV_ROWS, seed=seed)
-    print("2/4  training a teacher")
-    untrained = _train_teacher(teacher, str(data), seed, folder / "teacher.work")
     recipe = Recipe(
-        teacher=str(teacher),
+        teacher=str(folder / "teacher"),
         task="sst2",
-        data=str(data),
+        data=str(folder / "data"),
         layers="every-other",
         keep=3,
         epochs=STUDENT_EPOCHS,
-        learning_rate=1e-3,
+        learning_rate=STUDENT_LEARNING_RATE,
         seed=seed,
     )
-    rows = (untrained, _cut_without_training(recipe))
-    print("3/4  compressing it: 3 of 6 layers, 1-bit weights, 8-bit activations, one-stage distillation")
+    print(f"1/3  writing {TRAIN_ROWS + DEV_ROWS} generated sentences to {recipe.data}")
+    write_task(folder / "data", train_rows=TRAIN_ROWS, dev_rows=DEV_ROWS, seed=seed)
+    print(f"2/3  training a teacher of 6 layers from nothing: {recipe.teacher}")
+    rows = (_make_teacher(recipe), _cut_without_training(recipe))
+    print("3/3  compressing it: 3 of the 6 layers, 1-bit weights, 8-bit activations, one-stage distillation")
     travel(recipe, folder / "student", extra_rows=rows)
-    print(f"4/4  done; load it with: fiftyfold.load({str(folder / 'student')!r})")
+    print(f"load it: import fiftyfold; model = fiftyfold.load({str(folder / 'student')!r})")
 
 
 def _free_folder() -> Path:
@@ -62,10 +59,10 @@ def _free_folder() -> Path:
     return Path(f"quickstart-{number}")
 
 
-def _train_teacher(folder: Path, data_folder: str, seed: int, work: Path) -> Row:
-    """Write a trained teacher to ``folder``; return the row of the untrained one."""
-    lightning.seed_everything(seed, verbose=False)
-    words = vocabulary()
+def _make_teacher(recipe: Recipe) -> Row:
+    """Train the recipe's teacher in place, from random weights; return the row of those."""
+    lightning.seed_everything(recipe.seed, verbose=False)
+    folder, words = Path(recipe.teacher), vocabulary()
     config = BertConfig(
         vocab_size=len(words),
         hidden_size=128,
@@ -79,14 +76,9 @@ def _train_teacher(folder: Path, data_folder: str, seed: int, work: Path) -> Row
     vocabulary_file = folder / "vocab.txt"
     vocabulary_file.write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(str(vocabulary_file), model_max_length=64).save_pretrained(folder)
-    data = build_data(Recipe(teacher=str(folder), task="sst2", data=data_folder, seed=seed))
-    module = FineTuningModule(
-        str(folder), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, fused=True)
-    )
-    untrained = Row("untrained", score(module, data)["val/score"])
-    train(module, data, epochs=TEACHER_EPOCHS, work=work)
+    untrained = Row("untrained", score(FineTuningModule(recipe.teacher), build_data(recipe))["val/score"])
+    module = fine_tune(replace(recipe, epochs=TEACHER_EPOCHS, learning_rate=TEACHER_LEARNING_RATE), folder)
     module.model.save_pretrained(folder)
-    shutil.rmtree(work, ignore_errors=True)
     return untrained
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
@@ -35,21 +36,21 @@ class Row:
 
 
 def print_table(rows: Sequence[Row], *, metric: str, title: str, console: Console | None = None) -> None:
-    """Print the rows; ratios are against the first, the teacher."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("model", metric, "of teacher", "weights on disk", "smaller", "parameters", "latency", "faster"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    """Print the rows; what stands in brackets compares with the first, the teacher. Fits into 80 columns."""
+    table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 0))
+    for heading in ("", metric, "on disk", "parameters", "latency"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     teacher = rows[0]
     for row in rows:
         table.add_row(
             row.model,
-            f"{row.score:.4f}",
-            f"{row.score / teacher.score:.1%}" if teacher.score > 0 else "-",
-            _bytes(row.bytes_on_disk),
-            _ratio(teacher.bytes_on_disk, row.bytes_on_disk),
-            "-" if row.parameters is None else f"{row.parameters:,}",
-            "-" if row.latency_ms is None else f"{row.latency_ms:.1f} ms",
-            _ratio(teacher.latency_ms, row.latency_ms),
+            f"{row.score:.4f}"
+            + (f" ({row.score / teacher.score:.1%})" if teacher.score > 0 and row is not teacher else ""),
+            _compared(_bytes(row.bytes_on_disk), teacher.bytes_on_disk, row.bytes_on_disk),
+            "-" if row.parameters is None else f"{row.parameters / 1e6:.1f} M",
+            _compared(
+                "-" if row.latency_ms is None else f"{row.latency_ms:.1f} ms", teacher.latency_ms, row.latency_ms
+            ),
         )
     (console or Console()).print(table)
 
@@ -59,27 +60,26 @@ def draw_picture(rows: Sequence[Row], *, metric: str, title: str, path: Path) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    panels = (
-        (metric, [row.score for row in rows], "{:.3f}"),
-        (
-            "weights on disk (KiB)",
-            [None if r.bytes_on_disk is None else r.bytes_on_disk / 1024 for r in rows],
-            "{:,.0f}",
-        ),
-        ("latency (ms a batch)", [row.latency_ms for row in rows], "{:.1f}"),
-    )
-    for axes, (label, values, form) in zip(figure.subplots(1, 3), panels, strict=True):
-        shown = [(row.model, value) for row, value in zip(rows, values, strict=True) if value is not None]
-        bars = axes.barh([name for name, _ in shown], [value for _, value in shown], color=_colors(len(shown)))
-        axes.bar_label(bars, labels=[form.format(value) for _, value in shown], padding=3)
-        axes.set_title(label)
-        axes.invert_yaxis()
-        axes.margins(x=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    sizes = [row.bytes_on_disk and row.bytes_on_disk / 1024 for row in rows]
+    latencies = [row.latency_ms for row in rows]
+    names = [row.model for row in rows]
+    _draw_bars(figure.add_subplot(1, 3, 1), names, [row.score for row in rows], metric, "{:.3f}")
+    _draw_bars(figure.add_subplot(1, 3, 2), names, sizes, "weights on disk (KiB)", "{:,.0f}")
+    _draw_bars(figure.add_subplot(1, 3, 3), names, latencies, "latency (ms a batch)", "{:.1f}")
     figure.savefig(path, dpi=120)
+
+
+def _draw_bars(axes: Any, names: Sequence[str], values: Sequence[float | None], label: str, form: str) -> None:
+    shown = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    bars = axes.barh([name for name, _ in shown], [value for _, value in shown], color=_colors(len(shown)))
+    axes.bar_label(bars, labels=[form.format(value) for _, value in shown], padding=3)
+    axes.set_title(label)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _colors(count: int) -> list[str]:
@@ -92,5 +92,5 @@ def _bytes(count: int | None) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 1024:.1f} KiB"
 
 
-def _ratio(teacher: float | None, own: float | None) -> str:
-    return f"{teacher / own:.1f}x" if teacher and own else "-"
+def _compared(text: str, teacher: float | None, own: float | None) -> str:
+    return f"{text} ({teacher / own:.1f}x)" if teacher and own and teacher != own else text

@@ -28,6 +28,8 @@ ADDRESSABLE = (
 class TrainerCLI(LightningCLI):
     """LightningCLI in which what the user types wins over what a checkpoint remembers."""
 
+    config: Any
+
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -37,10 +39,10 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # LightningCLI lets the checkpoint's hyperparameters override the command line.
         super()._parse_ckpt_path()
-        typed = self._typed.get(self.config.get("subcommand") or "", None)
-        model = typed.get("model") if typed is not None else None
+        command = self.config.subcommand
+        model = self._typed[command].get("model")
         if model is not None:
-            self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
+            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 
 
 def run_trainer_command(words: list[str]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from transformers.utils.logging import disable_progress_bar
 
 from fiftyfold.callbacks import RandomStates
 from fiftyfold.datamodules import GLUEDataModule
@@ -22,6 +26,7 @@ SAVE_EVERY_STEPS = 200
 """Optimizer steps after which an interrupted run can lose no more."""
 
 _EXPECTED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",
     r".*does not have many workers.*",
     r".*number of training batches.*smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",
@@ -29,8 +34,9 @@ _EXPECTED_WARNINGS = (
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says about hardware and workers; errors and our own notices stay."""
+    """Silence what the libraries say about hardware, workers and weights; errors and our own notices stay."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    disable_progress_bar()
     for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
 
@@ -45,32 +51,38 @@ def claim_output(folder: Path) -> None:
         raise FiftyfoldError(f"{folder} already holds something; name another output folder, or move that one away.")
 
 
-def open_work_folder(folder: Path, options: dict[str, Any]) -> Path | None:
-    """Make or re-open the folder in which a run keeps its checkpoints.
+@contextmanager
+def work_folder(folder: Path, options: dict[str, Any]) -> Iterator[Path | None]:
+    """Keep a run's checkpoints in ``folder`` until it has ended well.
 
     Args:
-        folder: the work folder.
+        folder: the work folder. It goes when the block ends well, or fails before the first checkpoint.
         options: all that decides the run, as JSON values; an interrupted run goes on only under the same options.
 
-    Returns:
+    Yields:
         The checkpoint to go on from, or None for a new run.
 
     Raises:
         FiftyfoldError: if the folder holds a run with other options, or something else.
     """
-    stamp = folder / "options.json"
+    stamp, last = folder / "options.json", folder / "last.ckpt"
     if stamp.is_file():
         if json.loads(stamp.read_text(encoding="utf-8")) != json.loads(json.dumps(options)):
             raise FiftyfoldError(
                 f"{folder} holds an unfinished run with other options; repeat that command to finish it, "
                 "or delete the folder to begin anew."
             )
-        last = folder / "last.ckpt"
-        return last if last.is_file() else None
-    claim_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(options, indent=2), encoding="utf-8")
-    return None
+    else:
+        claim_output(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(json.dumps(options, indent=2), encoding="utf-8")
+    try:
+        yield last if last.is_file() else None
+    except BaseException:
+        if not last.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def train(
