@@ -44,21 +44,30 @@ def pack_model(model: nn.Module, rest_dtype: RestDtype = "float16") -> Contents:
     Raises:
         FiftyfoldError: if a layer or a tensor cannot be written.
     """
+    manifest = describe(model, rest_dtype)
+    for name, module in _layers_to_pack(model):
+        if isinstance(module, QuantizedLayer):
+            replace_module(model, module, pack_layer(name, module, manifest.packed[name]))
+    return Contents(manifest, collect_tensors(model, manifest))
+
+
+def describe(model: nn.Module, rest_dtype: RestDtype) -> Manifest:
+    """Return the manifest of a model as it is now, its quantized layers counted as packed ones.
+
+    Raises:
+        FiftyfoldError: if the model is nothing but a layer.
+    """
     packed: dict[str, PackedEntry] = {}
     tied: dict[str, str] = {}
     owners: dict[int, str] = {}
-    replaced: dict[int, PackedLayer] = {}
     for name, module in _layers_to_pack(model):
-        entry = packed_entry(module)
+        if not name:
+            raise FiftyfoldError("a layer alone cannot be exported; put it into a module, such as nn.Sequential.")
+        packed[name] = packed_entry(module)
         owner = owners.setdefault(id(module.weight), name)
-        if owner != name and packed[owner].settings.weight == entry.settings.weight:
+        if owner != name and packed[owner].settings.weight == packed[name].settings.weight:
             tied[name] = owner
-        packed[name] = entry
-        if isinstance(module, QuantizedLayer):
-            replaced[id(module)] = pack_layer(name, module, entry)
-            replace_module(model, module, replaced[id(module)])
-    manifest = Manifest(structure_log(model), packed, tied, rest_dtype)
-    return Contents(manifest, collect_tensors(model, manifest))
+    return Manifest(structure_log(model), packed, tied, rest_dtype)
 
 
 def collect_tensors(model: nn.Module, manifest: Manifest) -> dict[str, torch.Tensor]:

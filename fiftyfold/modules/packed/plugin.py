@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.packed.contents import collect_tensors
+from fiftyfold.modules.packed.contents import collect_tensors, describe
 from fiftyfold.modules.packed.manifest import Manifest
 from fiftyfold.modules.packed.skeleton import (
     check_header,
@@ -80,7 +80,12 @@ class FiftyfoldQuantizer(HfQuantizer):
             raise FiftyfoldError("transformers cannot quantize by fiftyfold as it loads; use fiftyfold's quantize.")
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return what ``save_pretrained`` writes: the packed tensors as they were, and their checksum."""
+        """Return what ``save_pretrained`` writes: the packed tensors, and their checksum.
+
+        The manifest is made anew, since the model may be a part of the exported one, or have lost layers since.
+        """
+        self.manifest = self.quantization_config.manifest = describe(model, self.manifest.rest_dtype)
+        model.config.quantization_config = self.quantization_config
         tensors = collect_tensors(model, self.manifest)
         return tensors, {DIGEST_KEY: digest(tensors)}
 

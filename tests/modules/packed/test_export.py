@@ -468,6 +468,13 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
         export(model, tmp_path / "out")
 
 
+def test_a_layer_alone_is_refused(tmp_path):
+    layer = nn.Linear(4, 4)
+    quantize(layer)
+    with pytest.raises(FiftyfoldError, match="put it into a module"):
+        export(layer, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -156,6 +156,25 @@ def test_the_backbone_alone_loads_with_its_bits(folder, model):
         assert torch.equal(backbone(**inputs()).pooler_output, model.bert(**inputs()).pooler_output)
 
 
+def test_the_backbone_alone_can_be_saved(folder, tmp_path):
+    backbone = AutoModel.from_pretrained(folder)
+    backbone.save_pretrained(tmp_path / "backbone")
+    again = load(tmp_path / "backbone")
+    assert type(again) is BertModel
+    with torch.no_grad(), use_path("reference"):
+        assert torch.equal(again(**inputs()).pooler_output, backbone(**inputs()).pooler_output)
+
+
+def test_what_lost_layers_since_it_was_loaded_can_be_saved(folder, tmp_path):
+    loaded = load(folder)
+    reduce_layers(loaded, layers=[1])
+    loaded.save_pretrained(tmp_path / "one")
+    again = load(tmp_path / "one")
+    assert len(again.bert.encoder.layer) == 1
+    assert structure_log(again) == structure_log(loaded)
+    assert torch.equal(logits(again), logits(loaded))
+
+
 def test_a_backbone_folder_opens_under_a_new_head(tmp_path, model):
     export(model.bert, tmp_path / "backbone")
     assert type(load(tmp_path / "backbone")) is BertModel
