@@ -109,9 +109,11 @@ class FiftyfoldQuantizer(HfQuantizer):
             # The file is mapped into memory, where a tensor may begin at any address; sums over numbers that are not
             # aligned may be rounded in another order, and equal weights then give unequal outputs.
             tensor.data = tensor.data.clone()
-        model.requires_grad_(False)
         if _is_exported_class(model):
+            model.requires_grad_(False)
             adopt_log(model, self.manifest.structure)
+        else:
+            model.base_model.requires_grad_(False)
 
 
 def register_plugin() -> None:

@@ -180,6 +180,8 @@ def test_a_backbone_folder_opens_under_a_new_head(tmp_path, model):
     assert type(load(tmp_path / "backbone")) is BertModel
     headed = AutoModelForTokenClassification.from_pretrained(tmp_path / "backbone", num_labels=5)
     assert isinstance(headed.bert.encoder.layer[0].attention.self.query, PackedLayer)
+    trained = {name for name, parameter in headed.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
     with torch.no_grad(), use_path("reference"):
         ours, theirs = (part(**inputs()).last_hidden_state for part in (headed.bert, model.bert))
     assert torch.equal(ours, theirs)
