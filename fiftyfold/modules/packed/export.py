@@ -92,39 +92,48 @@ def export(
     _check_arguments(target, rest_dtype, overwrite, tokenizer, report)
     twin = _private_copy(model)
     example = default_example(twin) if example is None else example
-    before = None if example is None else compute(twin, example)
+    trained = _outputs(twin, example)
     separate_dense_weights(twin)
     round_rest(twin, rest_dtype)
-    rounded = None if example is None else compute(twin, example)
+    rounded = _outputs(twin, example)
     extra = beyond_xtc(twin)
     skeleton = None if _opens_by_itself(twin) else copy.deepcopy(twin)
     contents = pack_model(twin, rest_dtype)
     with _written_aside(target) as aside:
         _write_model(aside, twin, contents)
         _write_tokenizer(aside, tokenizer)
-        reloaded = _reload(aside, skeleton, contents)
-        after = None if example is None else compute(reloaded, example)
-        if rounded is not None and after is not None:
-            _check_outputs(rounded, after)
-        parameters, packed_parameters = count_parameters(twin, contents)
-        file_bytes = (aside / WEIGHTS_FILE).stat().st_size
+        reloaded = _outputs(_reload(aside, skeleton, contents), example)
+        _check_outputs(rounded, reloaded)
+        sizes = _measure(aside, twin, contents)
         result = ExportReport(
             folder=str(target),
-            file_bytes=file_bytes,
-            folder_bytes=sum(file.stat().st_size for file in aside.iterdir()),
-            part_bytes=part_bytes(contents, file_bytes),
-            parameters=parameters,
-            packed_parameters=packed_parameters,
-            float32_bytes=parameters * FLOAT32_BYTES,
-            ratio=parameters * FLOAT32_BYTES / file_bytes,
-            ideal_ratio=ideal_ratio(contents),
+            **sizes,
             beyond_xtc=extra,
             rest_dtype=rest_dtype,
-            outputs_equal=_equal(rounded, after),
-            rounding_difference=largest_difference(before, after),
+            outputs_equal=_equal(rounded, reloaded),
+            rounding_difference=largest_difference(trained, reloaded),
         )
         _write_json(aside / REPORT_FILE, {**result.to_json(), "run": dict(report or {})})
     return result
+
+
+def _outputs(model: nn.Module, example: Example | None) -> list[torch.Tensor] | None:
+    return None if example is None else compute(model, example)
+
+
+def _measure(folder: Path, model: nn.Module, contents: Contents) -> dict[str, Any]:
+    parameters, packed_parameters = count_parameters(model, contents)
+    file_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    return {
+        "file_bytes": file_bytes,
+        "folder_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "part_bytes": part_bytes(contents, file_bytes),
+        "parameters": parameters,
+        "packed_parameters": packed_parameters,
+        "float32_bytes": parameters * FLOAT32_BYTES,
+        "ratio": parameters * FLOAT32_BYTES / file_bytes,
+        "ideal_ratio": ideal_ratio(contents),
+    }
 
 
 def _check_arguments(
@@ -214,10 +223,12 @@ def _reload(folder: Path, skeleton: nn.Module | None, contents: Contents) -> nn.
     return model
 
 
-def _check_outputs(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-    scale = max([1.0, *(float(output.abs().max()) for output in expected if output.numel())])
+def _check_outputs(expected: list[torch.Tensor] | None, outputs: list[torch.Tensor] | None) -> None:
     difference = largest_difference(expected, outputs)
-    if difference is None or not difference <= _LARGEST_RELATIVE_DIFFERENCE * scale:
+    if expected is None or difference is None:
+        return
+    scale = max([1.0, *(float(output.abs().max()) for output in expected if output.numel())])
+    if not difference <= _LARGEST_RELATIVE_DIFFERENCE * scale:
         raise FiftyfoldError(
             f"the reloaded model's outputs differ by {difference:.2g} from the model's; nothing was exported. "
             "Does its forward depend on more than its parameters and buffers?"
