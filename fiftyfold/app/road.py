@@ -20,7 +20,7 @@ from fiftyfold.app.summary import Row, draw_picture, print_table
 from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import GLUEDataModule
-from fiftyfold.modules import DistillationModule, FineTuningModule, export
+from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
 
@@ -132,7 +132,7 @@ def deliver(
     round_rest(module.student)
     report = {"recipe": recipe.to_json(), "trained": score(module, data)}
     export(module.student, folder, tokenizer=data.tokenizer, report=report)
-    student = FineTuningModule(str(folder))
+    student = FineTuningModule(load(folder))
     teacher = FineTuningModule(recipe.teacher)
     scores = {"teacher": score(teacher, data), "reloaded": score(student, data)}
     latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))

@@ -21,7 +21,8 @@ class FineTuningModule(TaskModule):
 
     Args:
         model: a folder or hub id; from an exported folder, training goes on. A missing classifier is made anew, and so
-            is one whose number of labels differs.
+            is one whose number of labels differs. A model is taken as it is (a packed one can be scored, not trained)
+            and is not stored: ``load_from_checkpoint`` then needs it as ``model=``.
         num_labels: number of classes, 1 for regression; by default what the model's configuration says.
         optimizer: makes the optimizer from parameter groups.
         weight_decay: decay of the weight matrices; biases and normalisation weights have none.
@@ -33,16 +34,17 @@ class FineTuningModule(TaskModule):
 
     def __init__(
         self,
-        model: str,
+        model: str | PreTrainedModel,
         num_labels: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5),
         weight_decay: float = 0.01,
         warmup: float = 0.1,
     ) -> None:
         super().__init__(optimizer, weight_decay, warmup)
-        self.save_hyperparameters()
-        self.save_hyperparameters(ignore=self._unstorable_hyperparameters())
-        self.model = load_student(model, "model", num_labels)
+        unstored = [] if isinstance(model, str) else ["model"]
+        self.save_hyperparameters(ignore=unstored)
+        self.save_hyperparameters(ignore=[*unstored, *self._unstorable_hyperparameters()])
+        self.model = load_student(model, "model", num_labels) if isinstance(model, str) else model
         attach_structure(self.model)
 
     @property

@@ -30,7 +30,8 @@ def test_a_teacher_becomes_a_folder_that_transformers_opens(place: Path, capsys:
     teacher, student = report["rows"]
     assert student["bytes_on_disk"] == (place / "small" / "model.safetensors").stat().st_size
     assert teacher["bytes_on_disk"] == (place / "teacher" / "model.safetensors").stat().st_size
-    assert report["scores"]["reloaded"]["val/score"] == report["run"]["trained"]["val/score"]
+    # The reloaded model multiplies in integers, so that a sentence on the border may fall to the other side.
+    assert abs(report["scores"]["reloaded"]["val/score"] - report["run"]["trained"]["val/score"]) <= 1 / 32
     assert report["outputs_equal"] is True
     printed = capsys.readouterr().out
     assert "student W1A8" in printed

@@ -241,3 +241,9 @@ trainer:
     json.dumps(stored)
     loaded = FineTuningModule.load_from_checkpoint(tmp_path / "cli.ckpt")
     assert same_weights(loaded, cli.model)
+
+
+def test_a_model_is_scored_as_it_is_and_not_stored(bert):
+    module = FineTuningModule(bert)
+    assert module.trained_model is bert
+    assert "model" not in module.hparams
