@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        if not _is_explained(error):
+        explanation = _explanation(error)
+        if explanation is None:
             raise
-        print(f"fiftyfold: error: {error}", file=sys.stderr)
+        print(f"fiftyfold: error: {explanation}", file=sys.stderr)
         return 1
 
 
@@ -95,13 +96,16 @@ def _overview() -> str:
     )
 
 
-def _is_explained(error: Exception) -> bool:
-    """Tell whether the message alone serves the user better than a traceback."""
-    if isinstance(error, FiftyfoldError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno is not None
-    return type(error).__name__ == "MisconfigurationException"
+def _explanation(error: Exception) -> str | None:
+    """Return the message that serves the user better than a traceback, or None if only a traceback serves."""
+    # jsonargparse wraps what a class raises as it is made from a recipe.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FiftyfoldError):
+            return str(cause)
+        cause = cause.__cause__
+    told = isinstance(error, OSError) and error.errno is not None
+    return str(error) if told or type(error).__name__ == "MisconfigurationException" else None
 
 
 if __name__ == "__main__":

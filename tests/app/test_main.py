@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import fiftyfold
@@ -49,3 +51,23 @@ def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fiftyfold.app.main._dispatch", broken)
     with pytest.raises(ZeroDivisionError):
         main(["quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--model.teacher", "nobody"], "the teacher 'nobody'"),
+        (["--model.layers", "[0,9]"], "there is no layer 9"),
+        (["--data.task", "sst3"], "'sst3'"),
+        (["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.start=tomorrow"], "'tomorrow'"),
+    ],
+)
+def test_what_a_class_of_a_recipe_refuses_is_one_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], change: list[str], named: str
+) -> None:
+    module = ["--model", "DistillationModule", "--model.teacher", "teacher"]
+    data = ["--data", "GLUEDataModule", "--data.task", "sst2", "--data.data", "data", "--data.tokenizer", "teacher"]
+    assert main(["fit", *module, *data, *change]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fiftyfold: error: ")
+    assert named in error
