@@ -46,6 +46,11 @@ def test_a_folder_holds_bits_scales_and_a_narrow_rest(tmp_path):
     assert report.outputs_equal is True
 
 
+def test_whoever_may_read_one_file_may_read_all(tmp_path):
+    export(quantized(tiny_bert()), tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 def test_the_report_says_what_is_on_the_disk(tmp_path):
     model = quantized(tiny_bert(), weight_bits=2)
     report = export(model, tmp_path / "out", report={"score": 0.5})
