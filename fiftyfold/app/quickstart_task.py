@@ -1,8 +1,8 @@
 """The quickstart's embedded task: generated sentences in the form of GLUE's SST-2 files.
 
-Counting words does not solve it. The label is the judgement of the sentence's *main* clause: ``but`` hands the main
-clause to what follows, ``although`` takes it away, and ``not``, ``hardly`` and ``never`` turn a judgement round, twice
-where two of them meet. So a model must attend, and bits that were cut without training lose the score.
+Counting praise and blame does not solve it. The label is the judgement of the sentence's *main* clause: ``but`` hands
+the main clause to what follows, ``although`` takes it away, and ``not``, ``hardly`` and ``never`` turn a judgement
+round. So a model must attend, and bits that were cut without training lose the score.
 """
 
 from __future__ import annotations
@@ -82,25 +82,25 @@ def distinct_sentences(source: random.Random) -> Iterator[tuple[str, int]]:
 
 def _sentence(source: random.Random) -> tuple[str, int]:
     main, label = _clause(source)
-    form = source.randrange(5)
-    if form == 0:
+    form = source.choices(("plain", "aside", "but", "although first", "although last"), weights=(3, 3, 2, 2, 1))[0]
+    if form == "plain":
         return f"{main} .", label
-    other, _ = _clause(source) if form < 4 else (source.choice(ASIDES), 0)
-    if form == 1:
+    if form == "aside":
+        return f"{source.choice(ASIDES)} , and {main} .", label
+    other, _ = _clause(source)
+    if form == "but":
         return f"{other} , but {main} .", label
-    if form == 2:
+    if form == "although first":
         return f"although {other} , {main} .", label
-    if form == 3:
-        return f"{main} , although {other} .", label
-    return f"{other} , and {main} .", label
+    return f"{main} , although {other} .", label
 
 
 def _clause(source: random.Random) -> tuple[str, int]:
     label = source.randrange(2)
-    negations = [source.choice(NEGATIONS) for _ in range(source.choices((0, 1, 2), weights=(5, 4, 1))[0])]
-    praised = label ^ (len(negations) % 2)
+    negation = [source.choice(NEGATIONS)] if source.random() < 0.3 else []
+    praised = label ^ len(negation)
     degree = [source.choice(DEGREES)] if source.random() < 0.4 else []
-    words = [*negations, *degree, source.choice(PRAISE if praised else BLAME)]
+    words = [*negation, *degree, source.choice(PRAISE if praised else BLAME)]
     subject = source.choice(SUBJECTS)
     if source.random() < 0.5:
         return f"the {subject} was {' '.join(words)}", label

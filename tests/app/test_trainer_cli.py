@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fiftyfold
+from fiftyfold.app.main import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted((CONFIGS / "xtc").glob("*.yaml"))
+
+
+def fit(place: Path, *words: str) -> int:
+    logger = ["--trainer.logger", "false", "--trainer.default_root_dir", str(place), "--trainer.max_epochs", "1"]
+    module = ["--model", "DistillationModule", "--model.teacher", "teacher", "--model.layers", "every-other"]
+    data = ["--data", "GLUEDataModule", "--data.task", "sst2", "--data.data", "data", "--data.tokenizer", "teacher"]
+    callbacks = ["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.weight_bits=1"]
+    return main(["fit", *module, *data, *callbacks, *logger, *words])
+
+
+def only_checkpoint(place: Path) -> Path:
+    (found,) = place.rglob("*.ckpt")
+    return found
+
+
+def test_fit_then_export_gives_a_folder_that_loads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(place) == 0
+    assert main(["export", str(only_checkpoint(place)), "packed"]) == 0
+    assert fiftyfold.load(place / "packed").config.num_hidden_layers == 2
+    assert '"ratio"' in capsys.readouterr().out
+
+
+def test_what_is_typed_wins_over_what_the_checkpoint_remembers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit(place, "--model.temperature", "2") == 0
+    checkpoint = only_checkpoint(place)
+    seen: list[float] = []
+    from fiftyfold.modules import DistillationModule
+
+    original = DistillationModule.on_fit_start if hasattr(DistillationModule, "on_fit_start") else None
+
+    def note(module: DistillationModule) -> None:
+        seen.append(module._temperature)
+        if original is not None:
+            original(module)
+
+    monkeypatch.setattr(DistillationModule, "on_fit_start", note)
+    resumed = ["--ckpt_path", str(checkpoint), "--trainer.max_epochs", "2"]
+    assert fit(place, "--model.temperature", "3", *resumed) == 0
+    assert fit(place, *resumed) == 0
+    assert seen == [3.0, 2.0]
+
+
+def test_the_students_checkpoint_holds_no_teacher(place: Path) -> None:
+    assert fit(place) == 0
+    state = torch.load(only_checkpoint(place), weights_only=True)["state_dict"]
+    assert state
+    assert not any("teacher" in key for key in state)
+
+
+def test_an_unknown_key_stops_with_status_2(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(place, "--model.temperatur", "2") == 2
+    assert "temperatur" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_runs(recipe: Path, place: Path) -> None:
+    """With a teacher of twelve layers in the current directory, on the place's data, for six steps."""
+    from tests.app.conftest import write_teacher
+
+    write_teacher(place / "teacher12", layers=12)
+    content = yaml.safe_load(recipe.read_text())
+    arguments = content["model"]["init_args"]
+    name = "model" if "model" in arguments else "teacher"
+    words = [
+        f"--model.{name}",
+        "teacher12",
+        "--data.tokenizer",
+        "teacher12",
+        "--data.data",
+        "data",
+        "--data.batch_size",
+        "16",
+    ]
+    if "student" in arguments:
+        from fiftyfold.modules.fine_tuning import load_classifier
+        from fiftyfold.modules.layer_reduction import student_from_teacher
+
+        student_from_teacher(load_classifier("teacher12", "teacher"), [1, 3, 5, 7, 9, 11]).save_pretrained("student")
+    limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"]
+    assert main(["fit", "--config", str(recipe), *words, *limits, "--trainer.default_root_dir", str(place)]) == 0
