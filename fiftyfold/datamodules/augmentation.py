@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fiftyfold.datamodules.word_candidates import (
     replaceable_words,
 )
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_lock import sole_writer
 
 VARIANTS = {"cola": 30, "mrpc": 30, "stsb": 30, "rte": 30, "wnli": 30, "sst2": 20, "qnli": 20, "mnli": 10, "qqp": 10}
 """New sentences per sentence that TinyBERT's authors make for each task (none for WNLI: as for RTE)."""
@@ -197,7 +199,8 @@ def augment_file(
         progress: told of the rows done.
 
     Raises:
-        FiftyfoldError: if a file or model is missing or wrong, or if ``output`` is something else.
+        FiftyfoldError: if a file or model is missing or wrong, if ``output`` is something else, or if another run is
+            writing it.
     """
     definition = get_task(task)
     number = VARIANTS.get(definition.name, 0) if variants is None else variants
@@ -230,13 +233,28 @@ def augment_file(
     if output.exists():
         return _take_finished(output, manifest, settings, len(rows))
     part = output.with_name(output.name + ".part")
-    start, written = _take_part(part, manifest, settings)
-    augmenter.learn_words([text for texts in rows.texts for text in texts])
-    lines = _lines(rows, definition, augmenter, number=number, seed=seed, start=start)
-    written += _append(part, lines, start, len(rows), progress)
-    _write_json(manifest, {"settings": settings, "rows": written, "digest": file_digest(part)})
-    part.rename(output)
+    with _claimed(part, output):
+        start, written = _take_part(part, manifest, settings)
+        augmenter.learn_words([text for texts in rows.texts for text in texts])
+        lines = _lines(rows, definition, augmenter, number=number, seed=seed, start=start)
+        written += _append(part, lines, start, len(rows), progress)
+        _write_json(manifest, {"settings": settings, "rows": written, "digest": file_digest(part)})
+        part.rename(output)
     return AugmentationReport(output, len(rows), written, cached=False, resumed_at=start)
+
+
+@contextmanager
+def _claimed(part: Path, output: Path) -> Iterator[None]:
+    """Make the folder, and hold the unfinished file so that no other run appends to it."""
+    with ExitStack() as stack:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_writer(part, str(output)))
+        except OSError as error:
+            raise FiftyfoldError(
+                f"{part.parent} cannot be written ({error.strerror or error}); give another output."
+            ) from error
+        yield
 
 
 def _lines(
@@ -282,20 +300,14 @@ def _take_finished(output: Path, manifest: Path, settings: dict[str, Any], sourc
 
 def _take_part(part: Path, manifest: Path, settings: dict[str, Any]) -> tuple[int, int]:
     """Prepare the unfinished file; return the row to begin with, and the number of lines that stay."""
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists():
-            if _read_json(manifest).get("settings") != settings:
-                raise FiftyfoldError(
-                    f"{part} was begun from another source or with other settings; remove it or give another output."
-                )
-            return _cut_last_row(part)
+    if part.stat().st_size == 0:
         _write_json(manifest, {"settings": settings})
-    except OSError as error:
+        return 0, 0
+    if _read_json(manifest).get("settings") != settings:
         raise FiftyfoldError(
-            f"{part.parent} cannot be written ({error.strerror or error}); give another output."
-        ) from error
-    return 0, 0
+            f"{part} was begun from another source or with other settings; remove it or give another output."
+        )
+    return _cut_last_row(part)
 
 
 def _cut_last_row(part: Path) -> tuple[int, int]:

@@ -263,6 +263,17 @@ class TestResume:
         with pytest.raises(FiftyfoldError, match="was begun from another source"):
             augment_file(output=tmp_path / "out.jsonl", seed=1, **arguments)
 
+    def test_two_runs_at_once_are_refused(self, tmp_path, arguments):
+        def second(done, total):
+            if done == 20:
+                augment_file(output=tmp_path / "out.jsonl", **arguments)
+
+        with pytest.raises(FiftyfoldError, match="another run is writing"):
+            augment_file(output=tmp_path / "out.jsonl", progress=second, **arguments)
+        augment_file(output=tmp_path / "whole.jsonl", **arguments)
+        augment_file(output=tmp_path / "out.jsonl", **arguments)
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
 
 def test_masked_model_in_a_file_run(tmp_path, source, model_folder, monkeypatch):
     reports = [
