@@ -21,7 +21,7 @@ from fiftyfold.modules.distillation_losses import (
     mean_squared_error,
     soft_cross_entropy,
 )
-from fiftyfold.modules.fine_tuning import load_classifier, load_student
+from fiftyfold.modules.fine_tuning import load_student, load_teacher
 from fiftyfold.modules.layer_reduction import choose_layers, student_from_teacher, surviving_layers
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import attach_structure, structure_log
@@ -126,7 +126,7 @@ class DistillationModule(TaskModule):
         if not isinstance(stages, int):
             self.hparams["stages"] = [asdict(stage) for stage in _listed(stages)]
 
-        teacher_model = load_classifier(teacher, "teacher") if isinstance(teacher, str) else teacher
+        teacher_model = load_teacher(teacher) if isinstance(teacher, str) else teacher
         total = len(layer_stack(teacher_model, find_layer_stack(teacher_model)))
         self._first_layers = list(range(total)) if layers == "all" else choose_layers(layers, total, keep)
         self.student = _begin_student(student, teacher_model, self._first_layers)

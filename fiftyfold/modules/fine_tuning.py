@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -77,8 +78,20 @@ def load_student(source: str, role: str, num_labels: int | None = None) -> PreTr
     return model.requires_grad_(True).float().train()
 
 
+def load_teacher(source: str) -> PreTrainedModel:
+    """Load a model that was fine-tuned for sequence classification.
+
+    Args:
+        source: a folder or hub id.
+
+    Raises:
+        FiftyfoldError: if there is no such model, it cannot be read, or a part of it would have random weights.
+    """
+    return _load_classifier(source, "teacher", None, complete=True)
+
+
 def load_classifier(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:
-    """Load a model for sequence classification, in float32.
+    """Load a model for sequence classification, in float32; weights that are missing, such as a head's, are random.
 
     Args:
         source: a folder or hub id.
@@ -88,6 +101,10 @@ def load_classifier(source: str, role: str, num_labels: int | None = None) -> Pr
     Raises:
         FiftyfoldError: if there is no such model or it cannot be read.
     """
+    return _load_classifier(source, role, num_labels, complete=False)
+
+
+def _load_classifier(source: str, role: str, num_labels: int | None, *, complete: bool) -> PreTrainedModel:
     local = Path(source).expanduser()
     if not local.exists() and (local.is_absolute() or source.startswith((".", "~"))):
         raise FiftyfoldError(f"the {role} {source!r} is not there; name the folder where it is now ({role}=...).")
@@ -101,12 +118,18 @@ def load_classifier(source: str, role: str, num_labels: int | None = None) -> Pr
             config.problem_type = "regression"
         # A head of another size is made anew. Only then may shapes differ: elsewhere a difference means a damaged or
         # packed file, which must not come up as random weights.
-        return AutoModelForSequenceClassification.from_pretrained(
-            place, config=config, ignore_mismatched_sizes=other_head, dtype=torch.float32
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            place, config=config, ignore_mismatched_sizes=other_head, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FiftyfoldError(
             f"the {role} {source!r} cannot be loaded as a transformers classifier ({reason}); give a folder that "
             "save_pretrained wrote, or a hub id."
         ) from error
+    if complete and (missing := sorted(loading["missing_keys"])):
+        raise FiftyfoldError(
+            f"the {role} {source!r} was not fine-tuned as a classifier: it has no weights for {missing[0]!r}; "
+            "fine-tune it first (FineTuningModule)."
+        )
+    return model

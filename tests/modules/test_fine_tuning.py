@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import FineTuningModule
 from fiftyfold.modules.evaluation_task import UnnamedTask
+from fiftyfold.modules.fine_tuning import load_teacher
 from fiftyfold.modules.task_module import decay_groups, label_loss, model_inputs
 from tests.modules.training import fit, loader, same_weights, trainer
 from tests.tiny import FAMILIES, tiny_batch, tiny_bert, tiny_model
@@ -165,6 +167,22 @@ def test_a_missing_model_is_named(tmp_path):
         FineTuningModule(str(tmp_path / "nowhere"))
     with pytest.raises(FiftyfoldError, match="cannot be loaded"):
         FineTuningModule(str(tmp_path))
+
+
+@pytest.mark.parametrize("length", [1000, -1000])
+def test_a_truncated_file_is_one_sentence(folder, length):
+    file = Path(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(FiftyfoldError, match="cannot be loaded"):
+        FineTuningModule(folder)
+
+
+def test_a_teacher_without_a_classifier_of_its_own_is_refused(folder, tmp_path):
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "headless")
+    FineTuningModule(str(tmp_path / "headless"))
+    with pytest.raises(FiftyfoldError, match="classifier"):
+        load_teacher(str(tmp_path / "headless"))
+    assert same_weights(load_teacher(folder), tiny_bert())
 
 
 @pytest.mark.parametrize("arguments", [{"warmup": 1.0}, {"warmup": -0.1}, {"weight_decay": -1.0}])
