@@ -18,6 +18,8 @@ import sys
 import fiftyfold
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "fiftyfold" in AUTO_QUANTIZER_MAPPING
+from fiftyfold.modules.structure import check_log
+check_log([{"op": "quantize"}, {"op": "reduce_layers"}])
 heavy = {"lightning", "datasets", "torchmetrics", "bitsandbytes", "matplotlib", "jsonargparse"}
 print(sorted(heavy & set(sys.modules)))
 fiftyfold.load, fiftyfold.export
@@ -25,7 +27,7 @@ print(sorted(heavy & set(sys.modules)))
 """
 
 
-def test_importing_it_registers_the_plug_in_and_leaves_heavy_packages_alone():
+def test_importing_it_registers_plug_in_and_operations_and_leaves_heavy_packages_alone():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"], done.stderr

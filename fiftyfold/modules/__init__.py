@@ -1,6 +1,7 @@
 """What: the LightningModules, the losses, the operations and the layers that they put in.
 
-The public names are imported when they are first used, so that loading an exported folder does not import Lightning.
+The operations are imported at once, because importing one teaches the structure log to replay it. The other public
+names are imported when they are first used, so that loading an exported folder does not import Lightning.
 """
 
 from __future__ import annotations
@@ -8,15 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fiftyfold.modules.layer_pruning import prune_layers
+from fiftyfold.modules.layer_reduction import reduce_layers
+from fiftyfold.modules.quantization.quantize import quantize
+
 if TYPE_CHECKING:
     from fiftyfold.modules.checkpoint import load_from_checkpoint
     from fiftyfold.modules.distillation import DistillationModule
     from fiftyfold.modules.fine_tuning import FineTuningModule
-    from fiftyfold.modules.layer_pruning import prune_layers
-    from fiftyfold.modules.layer_reduction import reduce_layers
     from fiftyfold.modules.packed.export import export
     from fiftyfold.modules.packed.load import load
-    from fiftyfold.modules.quantization.quantize import quantize
 
 _HOMES = {
     "DistillationModule": "distillation",
@@ -24,9 +26,6 @@ _HOMES = {
     "export": "packed.export",
     "load": "packed.load",
     "load_from_checkpoint": "checkpoint",
-    "prune_layers": "layer_pruning",
-    "quantize": "quantization.quantize",
-    "reduce_layers": "layer_reduction",
 }
 
 __all__ = [

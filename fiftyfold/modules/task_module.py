@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Importing quantize teaches the structure log its operation, so that every checkpoint can be replayed.
-import fiftyfold.modules.quantization.quantize  # noqa: F401
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.evaluation_task import EvaluationTask, UnnamedTask, fit_labels, fit_vocabulary
 from fiftyfold.modules.finite_loss import FiniteLossGuard
