@@ -24,8 +24,9 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
     Args:
         model: any module.
         targets: ``"default"``: every Linear, Embedding and Conv1D, but for the task heads of transformers models;
-            ``"xtc"``: the linear layers of the stacked layers, and the word embeddings (Wu et al., 2022); otherwise
-            regular expressions, one of which must be found in a layer's name.
+            ``"xtc"``: the linear layers of the stacked layers, and the word embeddings (Wu et al., 2022). Both leave
+            frozen parts out where other parts train: they are teachers. Otherwise regular expressions, one of which
+            must be found in a layer's name.
         exclude: regular expressions; a layer whose name has one of them is left out.
 
     Returns:
@@ -38,10 +39,10 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
     eligible = {name: module for name, module in named_layers(model) if is_eligible(module)}
     if not eligible:
         raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to quantize.")
-    if targets == "default":
-        chosen = set(eligible) - _frozen_models(model) - _task_heads(model)
-    elif targets == "xtc":
-        chosen = _xtc(model, eligible) - _frozen_models(model) - _task_heads(model)
+    if targets in ("default", "xtc"):
+        left_out = _frozen_parts(model) | _task_heads(model)
+        candidates = {name: module for name, module in eligible.items() if name not in left_out}
+        chosen = set(candidates) if targets == "default" else _xtc(model, candidates)
     else:
         chosen = _matching("targets", targets, eligible)
     chosen |= _sharing_weight(chosen, eligible)
@@ -86,23 +87,24 @@ def _matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) 
     return found
 
 
-def _xtc(model: nn.Module, eligible: dict[str, nn.Module]) -> set[str]:
+def _xtc(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
     stacks = [f"{name}." for name, module in named_layers(model) if isinstance(module, nn.ModuleList)]
     linears = {
         name
-        for name, module in eligible.items()
+        for name, module in candidates.items()
         if not isinstance(module, nn.Embedding) and name.startswith(tuple(stacks))
     }
-    return linears | _word_embeddings(model, eligible)
+    return linears | _word_embeddings(model, candidates)
 
 
-def _word_embeddings(model: nn.Module, eligible: dict[str, nn.Module]) -> set[str]:
+def _word_embeddings(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
     """Find the input embeddings of transformers models; of another model, its largest embedding."""
-    inputs = [module.get_input_embeddings() for _, module in _transformers_models(model)]
-    if not inputs:
-        embeddings = [module for module in eligible.values() if isinstance(module, nn.Embedding)]
+    models = [whole for _, whole in _transformers_models(model) if _trains(whole) == _trains(model)]
+    inputs = [whole.get_input_embeddings() for whole in models]
+    if not models:
+        embeddings = [module for module in candidates.values() if isinstance(module, nn.Embedding)]
         inputs = sorted(embeddings, key=lambda embedding: -embedding.num_embeddings)[:1]
-    return {name for name, module in eligible.items() if any(module is embedding for embedding in inputs)}
+    return {name for name, module in candidates.items() if any(module is embedding for embedding in inputs)}
 
 
 def _task_heads(model: nn.Module) -> set[str]:
@@ -118,16 +120,24 @@ def _task_heads(model: nn.Module) -> set[str]:
     return heads
 
 
-def _frozen_models(model: nn.Module) -> set[str]:
-    """Return the names of all modules of frozen transformers models beside something to train: teachers."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+def _frozen_parts(model: nn.Module) -> set[str]:
+    """Return the names of all modules of frozen parts beside something to train: teachers.
+
+    A part is a transformers model at any depth, or else a direct child of ``model``. What is frozen inside a
+    transformers model, such as its embeddings, belongs to a model that trains.
+    """
+    if not _trains(model):
         return set()
+    parts: list[tuple[str, nn.Module]] = list(_transformers_models(model))
+    if not isinstance(model, PreTrainedModel):
+        parts += model.named_children()
     return {
-        f"{prefix}.{name}".strip(".")
-        for prefix, whole in _transformers_models(model)
-        if not any(parameter.requires_grad for parameter in whole.parameters())
-        for name, _ in named_layers(whole)
+        f"{prefix}.{name}".strip(".") for prefix, part in parts if not _trains(part) for name, _ in named_layers(part)
     }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _transformers_models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

@@ -89,6 +89,29 @@ def test_a_frozen_teacher_beside_a_student_is_left_alone():
     assert find_targets(both["teacher"])
 
 
+def test_a_frozen_part_of_any_kind_is_left_alone_beside_one_that_trains():
+    """A teacher that is no transformers model, larger than the student and called what it may be."""
+
+    def part(vocabulary):
+        layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        return nn.ModuleDict({"words": nn.Embedding(vocabulary, 4), "layers": layers, "head": nn.Linear(4, 2)})
+
+    both = nn.ModuleDict({"judge": part(50).requires_grad_(False), "net": part(20)})
+    assert find_targets(both) == ["net.words", "net.layers.0", "net.layers.1", "net.head"]
+    assert find_targets(both, "xtc") == ["net.words", "net.layers.0", "net.layers.1"]
+    assert find_targets(both, "judge.*layers") == ["judge.layers.0", "judge.layers.1"]
+    assert len(find_targets(both.requires_grad_(False))) == 8
+
+
+def test_frozen_embeddings_of_a_model_that_trains_are_quantized():
+    model = tiny_bert(layers=1)
+    everything = find_targets(model)
+    model.bert.embeddings.requires_grad_(False)
+    assert find_targets(model) == everything
+    model.bert.requires_grad_(False)
+    assert find_targets(model) == everything
+
+
 def test_compiled_parts_leave_no_trace_in_names():
     model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager"))
     assert find_targets(model) == ["0.0"]
