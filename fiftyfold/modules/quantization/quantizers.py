@@ -32,7 +32,7 @@ from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSe
 TERNARY_THRESHOLD = 0.7
 """Share of the mean magnitude below which a ternary weight is 0 (Li et al., 2016, TWN)."""
 
-_LARGEST_SCALE = torch.finfo(torch.float16).max
+_LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 # The zero point of an asymmetric grid stays an integer that float32 holds exactly, with the codes added to it.
 _FINEST_RELATIVE_STEP = 2.0**-20
@@ -88,11 +88,10 @@ def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
     Args:
         codes: (rows, columns), integers of any type.
         scale: float16, as :func:`quantize_weight` returns it.
-        dtype: type of the result; the product is taken in float32.
+        dtype: type of the result; the product is taken in float32, and kept within the type's finite range.
     """
     grouped = codes.unflatten(1, (scale.shape[1], -1)).to(torch.float32, copy=True)
-    weight: torch.Tensor = grouped.mul_(scale.float().unsqueeze(2)).flatten(1)
-    return weight.to(dtype)
+    return _in_type(grouped.mul_(scale.float().unsqueeze(2)).flatten(1), dtype)
 
 
 def fake_quantize_weight(weight: torch.Tensor, settings: WeightSettings) -> torch.Tensor:
@@ -134,7 +133,7 @@ class _FakeQuantizeWeight(Function):
         if settings.clip is not None:
             ctx.save_for_backward(weight)
         codes, scale = _quantize(weight, settings)
-        return codes.mul_(scale.float()).flatten(1).to(weight.dtype)
+        return _in_type(codes.mul_(scale.float()).flatten(1), weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -159,7 +158,7 @@ class _FakeQuantizeActivation(Function):
             ctx.save_for_backward(x.abs() <= settings.clip)
             values = values.clamp(-settings.clip, settings.clip)
         if settings.symmetric:
-            return _on_symmetric_grid(values, settings, low, high).to(x.dtype)
+            return _in_type(_on_symmetric_grid(values, settings, low, high), x.dtype)
         # The zero point is rounded, so the grid may reach beyond the input by half a step, and beyond its type.
         limit = torch.finfo(x.dtype).max
         return _on_asymmetric_grid(values, settings, low, high).clamp_(-limit, limit).to(x.dtype)
@@ -228,7 +227,18 @@ def _sum(values: torch.Tensor, shared: tuple[int, ...]) -> torch.Tensor:
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp(max=_LARGEST_SCALE).to(torch.float16)
+    return scale.clamp(max=_LARGEST_FLOAT16).to(torch.float16)
+
+
+def _in_type(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return float32 ``values`` as ``dtype``; their place is taken.
+
+    A grid that ends at float16's largest number may reach beyond it by the rounding of its scale; no other type is so
+    narrow.
+    """
+    if dtype == torch.float16:
+        values.clamp_(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+    return values.to(dtype)
 
 
 def _on_symmetric_grid(

@@ -163,6 +163,24 @@ def test_other_float_types_are_quantized_in_float32(how, dtype):
 
 
 @pytest.mark.parametrize("how", WEIGHTS, ids=str)
+@pytest.mark.parametrize("largest", [65504, 65000, 60000])
+def test_weights_at_the_end_of_float16_stay_finite(how, largest):
+    weight = torch.tensor([[largest, -largest, 1.0, 0.0]] * 2, dtype=torch.float16)
+    quantized = fake_quantize_weight(weight, how)
+    assert quantized.isfinite().all()
+    assert torch.equal(quantized, dequantize_weight(*quantize_weight(weight, how), torch.float16))
+    assert torch.equal(fake_quantize_weight(quantized, how), quantized)
+
+
+@pytest.mark.parametrize("how", ACTIVATIONS, ids=str)
+def test_activations_at_the_end_of_float16_stay_finite(how):
+    x = torch.tensor([[65504, 9.0]], dtype=torch.float16)
+    limits = torch.tensor(-1e5), torch.tensor(1e5)
+    assert fake_quantize_activation(x, how).isfinite().all()
+    assert fake_quantize_activation(x, how, *limits).isfinite().all()
+
+
+@pytest.mark.parametrize("how", WEIGHTS, ids=str)
 def test_the_gradient_of_a_weight_is_the_gradient_of_what_it_became(how):
     weight = random_weight(0).requires_grad_()
     upstream = random_weight(1)
