@@ -83,5 +83,5 @@ def compress(
         matmul_precision=matmul_precision,
         seed=seed,
     )
-    folder = output or f"{Path(teacher).name}-{task}-{recipe.bits_name.lower()}"
-    travel(recipe, Path(folder))
+    folder = output or f"{Path(teacher).resolve().name}-{task}-{recipe.bits_name.lower()}"
+    travel(recipe, Path(folder).expanduser())

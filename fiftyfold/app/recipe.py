@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fiftyfold.errors import FiftyfoldError
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One compression of one teacher on one task; the fields are the arguments of ``fiftyfold compress``."""
+    """One compression of one teacher on one task; the fields are the arguments of ``fiftyfold compress``.
+
+    Raises:
+        FiftyfoldError: if a training could not even begin with a value.
+    """
 
     teacher: str
     task: str
@@ -30,6 +36,13 @@ class Recipe:
     checks_per_epoch: int = 1
     matmul_precision: str = "highest"
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "checks_per_epoch"):
+            if getattr(self, name) < 1:
+                raise FiftyfoldError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if not self.learning_rate > 0:
+            raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
 
     @property
     def bits_name(self) -> str:

@@ -1,4 +1,4 @@
-"""``fiftyfold report``: the tables of compressed folders once more."""
+"""``fiftyfold report``: the table of a compressed folder once more."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.export import REPORT_FILE
 
 
-def report(folders: list[str]) -> None:
-    """Print the table of each compressed folder and draw its picture again.
+def report(folder: str) -> None:
+    """Print the table of a compressed folder and draw its picture again.
 
     Args:
-        folders: folders that `fiftyfold compress` or `fiftyfold quickstart` wrote.
+        folder: a folder that `fiftyfold compress` or `fiftyfold quickstart` wrote.
     """
-    for folder in map(Path, folders):
-        path = folder / REPORT_FILE
-        if not path.is_file():
-            raise FiftyfoldError(f"{folder} has no {REPORT_FILE}; give a folder that fiftyfold compress wrote.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows, metric = [Row(**row) for row in content["rows"]], str(content["metric"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FiftyfoldError(f"{path} holds no table; export alone measures no score.") from error
-        show(rows, metric, folder)
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        raise FiftyfoldError(f"{folder} has no {REPORT_FILE}; give a folder that fiftyfold compress wrote.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows, metric = [Row(**row) for row in content["rows"]], str(content["metric"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FiftyfoldError(f"{path} holds no table; export alone measures no score.") from error
+    show(rows, metric, path.parent)

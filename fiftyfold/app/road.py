@@ -21,8 +21,10 @@ from fiftyfold.app.training import claim_output, quiet_lightning, score, train, 
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
+from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
+from fiftyfold.modules.quantization.targets import find_targets
 
 PICTURE_FILE = "fiftyfold_report.png"
 
@@ -49,6 +51,7 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
     torch.set_float32_matmul_precision(recipe.matmul_precision)
     data = build_data(recipe)
     module = build_module(recipe)
+    check_input(recipe, module, data)
     work = folder.with_name(folder.name + ".work")
     with work_folder(work, recipe.to_json()) as resume_from:
         train(
@@ -61,7 +64,7 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
             resume_from=resume_from,
         )
         torch.set_float32_matmul_precision("highest")
-        return deliver(recipe, module, data, folder, extra_rows)
+        return deliver(recipe, module, data, aside=work / "packed", folder=folder, extra_rows=extra_rows)
 
 
 def fine_tune(recipe: Recipe, folder: Path, callbacks: tuple[Callback, ...] = ()) -> FineTuningModule:
@@ -83,7 +86,15 @@ def fine_tune(recipe: Recipe, folder: Path, callbacks: tuple[Callback, ...] = ()
     )
     work = folder.with_name(folder.name + ".work")
     with work_folder(work, recipe.to_json()) as resume_from:
-        train(module, data, epochs=recipe.epochs, work=work, callbacks=callbacks, resume_from=resume_from)
+        train(
+            module,
+            data,
+            epochs=recipe.epochs,
+            work=work,
+            callbacks=callbacks,
+            checks_per_epoch=recipe.checks_per_epoch,
+            resume_from=resume_from,
+        )
     torch.set_float32_matmul_precision("highest")
     return module
 
@@ -124,15 +135,42 @@ def build_callbacks(recipe: Recipe) -> tuple[QuantizationAwareTraining]:
     )
 
 
+def check_input(recipe: Recipe, module: DistillationModule, data: GLUEDataModule) -> None:
+    """Read the data and compare all that must fit, before anything takes long.
+
+    Raises:
+        FiftyfoldError: if something does not fit.
+    """
+    fit_labels(module.teacher.config, data.task, "teacher")
+    fit_vocabulary(module.teacher.config, data.tokenizer, "teacher")
+    find_targets(module.student, recipe.targets)
+    data.setup("fit")
+
+
 def deliver(
-    recipe: Recipe, module: DistillationModule, data: GLUEDataModule, folder: Path, extra_rows: Sequence[Row]
+    recipe: Recipe,
+    module: DistillationModule,
+    data: GLUEDataModule,
+    *,
+    aside: Path,
+    folder: Path,
+    extra_rows: Sequence[Row],
 ) -> list[Row]:
-    """Export a trained student and show what came of it beside its teacher."""
+    """Export a trained student and show what came of it beside its teacher.
+
+    Args:
+        recipe: what was done.
+        module: the trained module.
+        data: its data.
+        aside: where the folder is made; it becomes ``folder`` when it is complete, the measurements included.
+        folder: where it goes.
+        extra_rows: rows to show between the teacher's and the student's.
+    """
     # What goes to disk is what is scored: rounded first, the trained model and the reloaded one are equal.
     round_rest(module.student)
     report = {"recipe": recipe.to_json(), "trained": score(module, data)}
-    export(module.student, folder, tokenizer=data.tokenizer, report=report)
-    student = FineTuningModule(load(folder))
+    export(module.student, aside, tokenizer=data.tokenizer, report=report, overwrite=True)
+    student = FineTuningModule(load(aside))
     teacher = FineTuningModule(recipe.teacher)
     scores = {"teacher": score(teacher, data), "reloaded": score(student, data)}
     latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))
@@ -148,13 +186,14 @@ def deliver(
         Row(
             f"student {recipe.bits_name}",
             scores["reloaded"]["val/score"],
-            weights_bytes(str(folder)),
+            weights_bytes(str(aside)),
             parameter_count(module.student),
             latency["student"],
         ),
     ]
     metric = data.task.selection_metric
-    _add_to_report(folder, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    _add_to_report(aside, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    aside.rename(folder)
     show(rows, metric, folder)
     return rows
 

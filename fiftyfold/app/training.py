@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from fiftyfold.callbacks import RandomStates
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.task_module import TaskModule
 
 SAVE_EVERY_STEPS = 200
@@ -63,26 +64,32 @@ def work_folder(folder: Path, options: dict[str, Any]) -> Iterator[Path | None]:
         The checkpoint to go on from, or None for a new run.
 
     Raises:
-        FiftyfoldError: if the folder holds a run with other options, or something else.
+        FiftyfoldError: if the folder holds a run with other options, a run that goes on just now, or something else.
     """
     stamp, last = folder / "options.json", folder / "last.ckpt"
-    if stamp.is_file():
-        if json.loads(stamp.read_text(encoding="utf-8")) != json.loads(json.dumps(options)):
-            raise FiftyfoldError(
-                f"{folder} holds an unfinished run with other options; repeat that command to finish it, "
-                "or delete the folder to begin anew."
-            )
-    else:
+    if not stamp.is_file():
         claim_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps(options, indent=2), encoding="utf-8")
-    try:
-        yield last if last.is_file() else None
-    except BaseException:
-        if not last.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    with sole_writer(stamp, str(folder)):
+        _stamp_options(stamp, json.dumps(options, indent=2))
+        try:
+            yield last if last.is_file() else None
+        except BaseException:
+            if not last.is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stamp_options(stamp: Path, options: str) -> None:
+    found = stamp.read_text(encoding="utf-8")
+    if not found:
+        stamp.write_text(options, encoding="utf-8")
+    elif found != options:
+        raise FiftyfoldError(
+            f"{stamp.parent} holds an unfinished run with other options; repeat that command to finish it, "
+            "or delete the folder to begin anew."
+        )
 
 
 def train(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from fiftyfold.app import training
+from fiftyfold.app import road, training
 from fiftyfold.app.main import main
+from fiftyfold.file_lock import sole_writer
 from tests.app.conftest import write_teacher
 
 COMMAND = ["compress", "teacher", "--task", "sst2", "--data", "data", "--output", "small", "--epochs", "2"]
@@ -46,7 +47,7 @@ def test_a_teacher_becomes_a_folder_that_transformers_opens(place: Path, capsys:
 def test_the_report_command_prints_the_table_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(COMMAND) == 0
     capsys.readouterr()
-    assert main(["report", '["small"]']) == 0
+    assert main(["report", "small"]) == 0
     assert "student W1A8" in capsys.readouterr().out
 
 
@@ -76,6 +77,49 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(place: Path, monkeypatch: 
     assert digest(place / "small") == digest(place / "whole")
 
 
+def test_a_run_that_fails_after_its_export_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY_STEPS", 1)
+        patch.setattr(road, "measure_latency", interrupted)
+        assert main(COMMAND) == 130
+    assert not (place / "small").exists()
+    assert main(COMMAND) == 0
+    assert "rows" in json.loads((place / "small" / "fiftyfold_report.json").read_text())
+
+
+def test_a_second_run_beside_the_first_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = place / "small.work" / "options.json"
+    options.parent.mkdir()
+    with sole_writer(options, "small.work"):
+        assert main(COMMAND) == 1
+    assert "another run" in capsys.readouterr().err
+    assert options.read_text() == ""
+
+
+def test_bad_input_is_found_before_the_training(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(road, "train", lambda *_, **__: pytest.fail("it trains"))
+    dev = place / "data" / "SST-2" / "dev.tsv"
+    good = dev.read_text()
+    for bad, named in {"": "is empty", "text\tlabel\na\t1\n": "'sentence'", good + "fine\t2\n": "'2'"}.items():
+        dev.write_text(bad)
+        assert main(COMMAND) == 1
+        assert named in capsys.readouterr().err
+    dev.write_text(good)
+    write_teacher(place / "three", labels=3)
+    assert main(["compress", "three", *COMMAND[2:]]) == 1
+    assert "3 label" in capsys.readouterr().err
+    assert main([*COMMAND, "--targets", "no_such_module"]) == 1
+    assert "no_such_module" in capsys.readouterr().err
+    (place / "teacher" / "model.safetensors").write_bytes(b"12345678")
+    assert main(COMMAND) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_with_other_options_is_not_overwritten(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +140,9 @@ def test_an_unfinished_run_with_other_options_is_not_overwritten(
         (["--task", "mrpc"], "mrpc"),
         (["--output", "data"], "already holds something"),
         (["--augmented", "nothing.jsonl"], "nothing.jsonl"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--checks_per_epoch", "0"], "checks_per_epoch is 0"),
+        (["--learning_rate", "0"], "learning_rate is 0"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -113,9 +160,3 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_a_missing_teacher_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "nobody", *COMMAND[2:]]) == 1
     assert "nobody" in capsys.readouterr().err
-
-
-def test_a_teacher_with_other_labels_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_teacher(place / "three", labels=3)
-    assert main(["compress", "three", *COMMAND[2:]]) == 1
-    assert "3 label" in capsys.readouterr().err
