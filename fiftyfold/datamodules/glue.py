@@ -51,7 +51,8 @@ class GLUEDataModule(LightningDataModule):
             ``.jsonl`` or ``.parquet``); None fetches the task from the hub.
         batch_size: training examples per batch and process.
         eval_batch_size: examples per batch elsewhere.
-        max_length: longest input in tokens; None gives 64 for single sentences and 128 for pairs.
+        max_length: longest input in tokens; None gives 64 for single sentences and 128 for pairs. It is never more
+            than the tokenizer says that its model can read.
         num_workers: processes that prepare batches in advance. Batches take about a millisecond, so 0 is mostly best.
         limit_train: train on so many examples only, chosen by the seed.
         augmented: a file written by the augmentation; trained on in place of the training set, which it contains.
@@ -122,10 +123,11 @@ class GLUEDataModule(LightningDataModule):
         Raises:
             FiftyfoldError: if a file is missing or wrong; the message names it.
         """
-        if stage == "fit":
-            self._load_all(self.task.train_splits, "train")
+        # The small development set first: what is wrong with it shows before the large training set is tokenised.
         if stage in ("fit", "validate") or not self._can_do_without_validation(stage):
             self._load_validation()
+        if stage == "fit":
+            self._load_all(self.task.train_splits, "train")
 
     def _can_do_without_validation(self, stage: str) -> bool:
         if not self._load_some(self.task.test_splits):
@@ -200,7 +202,7 @@ class GLUEDataModule(LightningDataModule):
             source_digest=digest,
             task=self.task.name,
             split=split,
-            max_length=self.max_length,
+            max_length=min(self.max_length, self.tokenizer.model_max_length),
             cache_folder=self.cache_folder,
         )
         if split == "train" and self.limit_train is not None and self.limit_train < len(tokens):

@@ -188,7 +188,7 @@ def parse_label(raw: Any, task: GLUETask, source: str, line: int) -> int | float
         return score
     if text in task.label_names:
         return task.label_names.index(text)
-    if text.isdecimal() and int(text) < task.num_labels:
+    if text in map(str, range(task.num_labels)):
         return int(text)
     known = ", ".join(f"{index} ({name})" for index, name in enumerate(task.label_names))
     raise FiftyfoldError(
