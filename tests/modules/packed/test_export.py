@@ -46,6 +46,15 @@ def test_a_folder_holds_bits_scales_and_a_narrow_rest(tmp_path):
     assert report.outputs_equal is True
 
 
+def test_equal_models_give_equal_files(tmp_path):
+    model = quantized(tiny_bert())
+    written = set()
+    for number in range(8):
+        export(model, tmp_path / str(number))
+        written.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(written) == 1
+
+
 def test_whoever_may_read_one_file_may_read_all(tmp_path):
     export(quantized(tiny_bert()), tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
