@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from fiftyfold.callbacks.moment import Moment, When
@@ -105,7 +106,8 @@ class LayerPruning(OperationCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on measuring where the checkpoint stopped; the first rank takes over what all had measured."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._restored = checkpoint.get(_TOTALS_KEY) if trainer.is_global_zero else None
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._restored = checkpoint.get(_TOTALS_KEY) if fitting and trainer.is_global_zero else None
 
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
         """Choose the layers that matter least on the batches of all ranks."""

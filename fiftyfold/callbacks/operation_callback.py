@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -131,7 +132,9 @@ class OperationCallback(Callback, ABC):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Take those names out again; they are used when the optimizers exist."""
-        self._names = checkpoint.get(_NAMES_KEY)
+        # A checkpoint that is only tested says nothing about the fit that may follow.
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._names = checkpoint.get(_NAMES_KEY)
 
     def pending(self, root: nn.Module) -> list[tuple[int, Event]]:
         """Return the events that ``root`` has not had yet, each with its optimizer step."""

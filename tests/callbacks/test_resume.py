@@ -134,6 +134,19 @@ def test_a_second_fit_repeats_nothing():
     assert len(module.model.bert.encoder.layer) == 2
 
 
+def test_a_checkpoint_that_was_tested_leaves_no_trace_in_the_next_fit(tmp_path):
+    def callbacks():
+        return [LayerReduction(start=4), LayerPruning({6: 1})]
+
+    first = make_trainer(callbacks(), tmp_path)
+    first.fit(OddUser(seed=0))
+    used = callbacks()
+    make_trainer(used).test(OddUser(seed=1), ckpt_path=tmp_path / f"step={STEPS}.ckpt", verbose=False)
+    second = make_trainer(used)
+    second.fit(OddUser(seed=0))
+    assert_same_training(first, second, "after a test")
+
+
 def test_a_checkpoint_changed_otherwise_is_refused(tmp_path):
     make_trainer([LayerReduction(start=1)], tmp_path).fit(BertUser(seed=0))
     changed = BertUser(seed=1)
