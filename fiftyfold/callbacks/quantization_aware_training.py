@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from fiftyfold.callbacks.moment import Moment, When
-from fiftyfold.callbacks.operation_callback import Event, OperationCallback, operation_callbacks
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback, averaged_copies, operation_callbacks
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.layers import is_eligible
+from fiftyfold.modules.quantization.layers import copy_ranges, is_eligible
 from fiftyfold.modules.quantization.quantize import QuantizeArguments, quantize_operation
 from fiftyfold.modules.quantization.settings import ActivationRange, Granularity
 from fiftyfold.modules.quantization.targets import Targets, named_layers
@@ -100,6 +101,18 @@ class QuantizationAwareTraining(OperationCallback):
                 raise FiftyfoldError(
                     f"two QuantizationAwareTraining callbacks quantize {min(both)!r}; exclude it in one."
                 )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Hand the observed ranges to averaged copies, where averages would creep up from an empty range."""
+        for copy in averaged_copies(trainer):
+            copy_ranges(compression_root(pl_module), compression_root(copy))
 
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
         """Find the layers that ``root`` has now."""

@@ -100,6 +100,23 @@ def test_averaged_copy_follows():
     assert dict(quantized_layers(copied)).keys() == dict(quantized_layers(module.model)).keys()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_copy_uses_the_ranges_that_the_model_observed(first):
+    """Averaged like weights, a range would creep up from nothing and clip all inputs meanwhile."""
+
+    def callback():
+        return QuantizationAwareTraining(activation_range="static", start=2)
+
+    average, plain = EMAWeightAveraging(decay=0.999), OddUser()
+    make_trainer([average, callback()] if first else [callback(), average]).fit(OddUser())
+    make_trainer([callback()]).fit(plain)
+    copied = dict(average._average_model.module.named_buffers())
+    observed = {name: value for name, value in plain.named_buffers() if "activation" in name}
+    assert observed
+    for name, value in observed.items():
+        torch.testing.assert_close(copied[name], value, msg=name)
+
+
 def test_pruning_drops_what_does_nothing():
     module = BertUser()
     for name, parameter in module.model.bert.encoder.layer[1].named_parameters():

@@ -204,6 +204,15 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
+@torch.no_grad()
+def copy_ranges(source: nn.Module, target: nn.Module) -> None:
+    """Give the quantized layers of ``target`` the static ranges of those of ``source``, a model of equal structure."""
+    for (_, observed), (_, layer) in zip(quantized_layers(source), quantized_layers(target), strict=True):
+        for name in RANGE_BUFFERS:
+            if name in observed._buffers:
+                getattr(layer, name).copy_(getattr(observed, name))
+
+
 def remove_quantization(model: nn.Module) -> None:
     """Turn all quantized layers of ``model`` back into dense ones, with their latent weights."""
     for module in model.modules():
