@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
@@ -12,6 +13,9 @@ from typing_extensions import override
 from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining, RandomStates
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.modules import DistillationModule, FineTuningModule
+
+RECIPES = Path(__file__).parents[1] / "configs"
+"""The recipes that are shipped with the package."""
 
 ADDRESSABLE = (
     DistillationModule,
@@ -51,12 +55,21 @@ def run_trainer_command(words: list[str]) -> None:
     Args:
         words: the command line without the program's name, beginning with the Trainer's command.
     """
-    sys.argv[0] = "fiftyfold"
+    sys.argv = ["fiftyfold"]
     TrainerCLI(
-        args=words,
+        args=[_shipped_recipe(word) for word in words],
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=42,
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _shipped_recipe(word: str) -> str:
+    """Return the path of the recipe that a word such as ``xtc/w1a8`` names, or the word as it is."""
+    option, equals, name = word.rpartition("=")
+    path = RECIPES / f"{name}.yaml"
+    if option not in ("", "-c", "--config") or "/" not in name or Path(name).exists() or not path.is_file():
+        return word
+    return f"{option}{equals}{path}"

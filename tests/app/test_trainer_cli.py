@@ -8,9 +8,9 @@ import yaml
 
 import fiftyfold
 from fiftyfold.app.main import main
+from fiftyfold.app.trainer_cli import RECIPES
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted((CONFIGS / "xtc").glob("*.yaml"))
+XTC_RECIPES = sorted((RECIPES / "xtc").glob("*.yaml"))
 
 
 def fit(place: Path, *words: str) -> int:
@@ -65,7 +65,7 @@ def test_an_unknown_key_stops_with_status_2(place: Path, capsys: pytest.CaptureF
     assert "temperatur" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+@pytest.mark.parametrize("recipe", XTC_RECIPES, ids=[path.stem for path in XTC_RECIPES])
 def test_every_recipe_runs(recipe: Path, place: Path) -> None:
     """With a teacher of twelve layers in the current directory, on the place's data, for six steps."""
     from tests.app.conftest import write_teacher
@@ -90,4 +90,6 @@ def test_every_recipe_runs(recipe: Path, place: Path) -> None:
 
         student_from_teacher(load_classifier("teacher12", "teacher"), [1, 3, 5, 7, 9, 11]).save_pretrained("student")
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"]
-    assert main(["fit", "--config", str(recipe), *words, *limits, "--trainer.default_root_dir", str(place)]) == 0
+    assert (
+        main(["fit", "--config", f"xtc/{recipe.stem}", *words, *limits, "--trainer.default_root_dir", str(place)]) == 0
+    )
