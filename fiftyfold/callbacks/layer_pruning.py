@@ -64,7 +64,6 @@ class LayerPruning(OperationCallback):
             raise FiftyfoldError(f"{first[1].name} falls on step 0, before any layer could be measured; prune later.")
         self._close()
         self._meter = ImportanceMeter(layer_stack(root, find_layer_stack(root)))
-        self._refuse_too_many(root)
         if self._restored is not None:
             self._meter.totals = self._restored
             self._restored = None
@@ -109,6 +108,13 @@ class LayerPruning(OperationCallback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._restored = checkpoint.get(_TOTALS_KEY) if fitting and trainer.is_global_zero else None
 
+    def layers_after(self, event: Event, total: int) -> int:
+        """Count the layers that would be left of ``total``."""
+        drop = self.schedule[event.moment]
+        if drop >= total:
+            raise FiftyfoldError(f"{event.name} finds {total} layers; leave at least one.")
+        return total - drop
+
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
         """Choose the layers that matter least on the batches of all ranks."""
         if self._meter is None:
@@ -120,12 +126,6 @@ class LayerPruning(OperationCallback):
     def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
         """Name the layers that stayed."""
         return f"pruned {operation['stack']!r} to layers {operation['layers']} of {operation['of']}."
-
-    def _refuse_too_many(self, root: nn.Module) -> None:
-        drops = sum(self.schedule[event.moment] for _, event in self.pending(root))
-        total = len(layer_stack(root, find_layer_stack(root)))
-        if drops >= total:
-            raise FiftyfoldError(f"LayerPruning is to drop {drops} of {total} layers; leave at least one.")
 
     def _close(self) -> None:
         if self._meter is not None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fiftyfold.callbacks.moment import Moment, When
 from fiftyfold.callbacks.operation_callback import Event, OperationCallback
-from fiftyfold.modules.layer_reduction import OPERATION, reduction
+from fiftyfold.modules.layer_reduction import OPERATION, choose_layers, reduction
 from fiftyfold.modules.structure import Operation
 
 
@@ -36,6 +36,10 @@ class LayerReduction(OperationCallback):
         """The one reduction."""
         keep = "" if self.keep is None else f", keep={self.keep}"
         return [Event(self.start, f"LayerReduction({self.layers!r}{keep})")]
+
+    def layers_after(self, event: Event, total: int) -> int:  # noqa: ARG002
+        """Count the layers that would be chosen of ``total``."""
+        return len(choose_layers(self.layers, total, self.keep))
 
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:  # noqa: ARG002
         """Choose the layers among those that ``root`` has now."""

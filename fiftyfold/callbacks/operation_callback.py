@@ -20,6 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 from fiftyfold.callbacks.moment import Moment
 from fiftyfold.callbacks.optimizer_groups import GroupNames, group_names, restore_groups
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
+from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import (
     Operation,
     apply_operation,
@@ -74,6 +76,14 @@ class OperationCallback(Callback, ABC):
     def describe(self, operation: Operation, root: nn.Module) -> str:
         """Say in one line what was done."""
 
+    def layers_after(self, event: Event, total: int) -> int:  # noqa: ARG002
+        """Return how many layers ``event`` leaves of ``total``.
+
+        Raises:
+            FiftyfoldError: if it cannot be carried out on so many.
+        """
+        return total
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module, and every averaged copy of it, take its structure from a checkpoint."""
         if self.changes_shapes and isinstance(trainer.strategy, _SHARDED):
@@ -109,12 +119,9 @@ class OperationCallback(Callback, ABC):
         for step, event in self._due:
             if 0 < length <= step:
                 rank_zero_warn(f"{event.name} is due at step {step}, but training ends after {length}: it never comes.")
-        pending = sorted(
-            (step, position, callback.operation)
-            for position, callback in enumerate(operation_callbacks(trainer))
-            for step, _ in callback.pending(compression_root(pl_module))
-        )
-        check_order(structure_log(compression_root(pl_module)), [name for _, _, name in pending])
+        callbacks = list(operation_callbacks(trainer))
+        if callbacks[-1] is self:
+            _refuse_impossible(callbacks, compression_root(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Carry out what is due, but never between the micro-batches of one optimizer step."""
@@ -176,6 +183,20 @@ def batch_mask(batch: Any) -> torch.Tensor | None:
     """Return the batch's attention mask, ``[batch, length]``, if it has one."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _refuse_impossible(callbacks: list[OperationCallback], root: nn.Module) -> None:
+    """Go through what all callbacks still have to do, in its order, without doing it."""
+    names = [event.name for callback in callbacks for event in callback.events]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FiftyfoldError(f"{twice} is scheduled twice, and the log tells events apart by name; merge the callbacks or vary an argument.")
+    events = ((step, at, event) for at, callback in enumerate(callbacks) for step, event in callback.pending(root))
+    pending = sorted(events, key=lambda entry: entry[:2])
+    check_order(structure_log(root), [callbacks[position].operation for _, position, _ in pending])
+    if any(callbacks[position].operation == REDUCTION for _, position, _ in pending):
+        total = len(layer_stack(root, find_layer_stack(root)))
+        for _, position, event in pending:
+            total = callbacks[position].layers_after(event, total)
 
 
 def _tensors(module: nn.Module) -> list[int]:
