@@ -1,4 +1,4 @@
-"""``fiftyfold export``: from a training checkpoint to a packed folder."""
+"""``fiftyfold export``: from a training checkpoint to a folder that transformers opens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
+from fiftyfold.app.training import claim_output
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import DistillationModule, FineTuningModule
 from fiftyfold.modules import export as export_folder
+from fiftyfold.modules.packed.export import written_aside
+from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.task_module import TaskModule
 
 
@@ -21,21 +24,41 @@ def export(
     *,
     tokenizer: str | None = None,
     rest_dtype: Literal["float16", "float32"] = "float16",
+    teacher: str | None = None,
+    student: str | None = None,
+    model: str | None = None,
 ) -> None:
     """Write the model of a training checkpoint as a packed folder, and verify it by reloading.
+
+    A model that nothing quantized becomes a plain folder of transformers, which can serve as a teacher.
 
     Args:
         checkpoint: a file that `fiftyfold fit` wrote.
         output: folder to write; must not hold anything.
         tokenizer: folder or hub id of the tokenizer; by default the teacher's.
         rest_dtype: precision of everything that is not quantized.
+        teacher: where the teacher is now, if it was moved since the training.
+        student: the same for the folder that the student began from.
+        model: the same for the folder that a fine-tuning began from.
     """
+    claim_output(Path(output))
     hyperparameters = _hyperparameters(Path(checkpoint))
     kind: type[TaskModule] = DistillationModule if "teacher" in hyperparameters else FineTuningModule
-    module = kind.load_from_checkpoint(checkpoint, map_location="cpu")
-    source = tokenizer or hyperparameters.get("teacher") or hyperparameters.get("model")
-    report = export_folder(module.trained_model, output, tokenizer=_load_tokenizer(str(source)), rest_dtype=rest_dtype)
-    print(json.dumps(report.to_json(), indent=2))
+    moved = {"teacher": teacher, "student": student, "model": model}
+    moved = {name: place for name, place in moved.items() if place is not None}
+    if strange := sorted(moved.keys() - hyperparameters.keys()):
+        raise FiftyfoldError(f"{checkpoint} was trained without a {strange[0]}; leave --{strange[0]} out.")
+    trained = kind.load_from_checkpoint(checkpoint, map_location="cpu", **moved).trained_model
+    places = {**hyperparameters, **moved}
+    words = _load_tokenizer(str(tokenizer or places.get("teacher") or places["model"]))
+    if any(True for _ in quantized_layers(trained)):
+        report = export_folder(trained, output, tokenizer=words, rest_dtype=rest_dtype)
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        with written_aside(Path(output).expanduser().resolve()) as aside:
+            trained.to(getattr(torch, rest_dtype)).save_pretrained(aside)
+            words.save_pretrained(aside)
+        print(f"{output}: a plain folder of transformers in {rest_dtype}, since nothing is quantized")
 
 
 def _hyperparameters(path: Path) -> dict[str, Any]:

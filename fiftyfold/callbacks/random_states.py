@@ -90,7 +90,14 @@ class RandomStates(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._pending = checkpoint.get(CHECKPOINT_KEY) if trainer.state.fn == TrainerFn.FITTING else None
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._pending = checkpoint.get(CHECKPOINT_KEY)
+        if self._pending is None:
+            rank_zero_warn(
+                "The checkpoint was saved without RandomStates: dropout goes on with other random numbers, and the"
+                " result differs from that of a run without a stop."
+            )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

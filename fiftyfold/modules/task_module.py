@@ -24,6 +24,9 @@ from fiftyfold.modules.learning_rate import linear_schedule, stage_at, stage_end
 Batch = Mapping[str, Tensor]
 """``input_ids`` and ``attention_mask``, both [batch, tokens]; perhaps ``token_type_ids``; ``labels`` [batch]."""
 
+DATA_KEY = "fiftyfold_data"
+"""Where a checkpoint holds what the data told the model: names of labels, padding."""
+
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -133,9 +136,26 @@ class TaskModule(LightningModule):
         """Return the predicted class indices, or scores for regression, [batch]."""
         return predictions(self(batch))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
-        """Refuse to save weights that a loss without a value has spoilt."""
+    def on_train_start(self) -> None:
+        """Let the loader find its place: :func:`total_steps` made it before Lightning had read its state."""
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the data told of labels and padding; refuse weights that a loss without a value has spoilt."""
         self._loss_guard.check()
+        config = self.trained_model.config
+        checkpoint[DATA_KEY] = {
+            "id2label": dict(config.id2label),
+            "pad_token_id": getattr(config, "pad_token_id", None),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put labels and padding back, so that a model can be exported without its data."""
+        config, told = self.trained_model.config, checkpoint.get(DATA_KEY)
+        if told is not None:
+            config.id2label = dict(told["id2label"])
+            config.label2id = {name: index for index, name in config.id2label.items()}
+            config.pad_token_id = told["pad_token_id"]
 
     def current_stage(self) -> int:
         """Return the index of the stage in which the trainer stands."""

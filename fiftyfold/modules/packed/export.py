@@ -99,7 +99,7 @@ def export(
     extra = beyond_xtc(twin)
     skeleton = None if _opens_by_itself(twin) else copy.deepcopy(twin)
     contents = pack_model(twin, rest_dtype)
-    with _written_aside(target) as aside:
+    with written_aside(target) as aside:
         _write_model(aside, twin, contents)
         _write_tokenizer(aside, tokenizer)
         reloaded = _outputs(_reload(aside, skeleton, contents), example)
@@ -242,8 +242,12 @@ def _equal(expected: list[torch.Tensor] | None, outputs: list[torch.Tensor] | No
 
 
 @contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that takes its place when the block ends well, and else disappears."""
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its place when the block ends well, and else disappears.
+
+    Raises:
+        FiftyfoldError: if the disk refuses.
+    """
     aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fiftyfold.app.main import main
+from fiftyfold.modules import DistillationModule
+
+DATA = ["--data", "GLUEDataModule", "--data.task", "sst2", "--data.data", "data", "--data.tokenizer", "teacher"]
+QUIET = ["--trainer.logger", "false", "--trainer.max_epochs", "1"]
+FINE_TUNING = ["--model", "FineTuningModule", "--model.model", "teacher"]
+DISTILLATION = ["--model", "DistillationModule", "--model.teacher", "teacher"]
+
+
+def trained(place: Path, *words: str) -> str:
+    assert main(["fit", *words, *DATA, *QUIET, "--trainer.default_root_dir", str(place)]) == 0
+    (found,) = place.rglob("*.ckpt")
+    return str(found)
+
+
+def test_an_unquantized_model_becomes_a_teacher(place: Path) -> None:
+    checkpoint = trained(place, *FINE_TUNING)
+    assert main(["export", checkpoint, "plain", "--rest_dtype", "float32"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(place / "plain")
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in model.state_dict().items())
+    assert len(AutoTokenizer.from_pretrained(place / "plain")) == model.config.vocab_size
+    DistillationModule(str(place / "plain"))
+
+
+def test_a_teacher_that_moved_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = trained(place, *DISTILLATION, "--trainer.callbacks+=QuantizationAwareTraining")
+    (place / "teacher").rename(place / "elsewhere")
+    assert main(["export", checkpoint, "packed"]) == 1
+    assert "teacher" in capsys.readouterr().err
+    assert main(["export", checkpoint, "packed", "--model", "elsewhere"]) == 1
+    assert "leave --model out" in capsys.readouterr().err
+    assert main(["export", checkpoint, "packed", "--teacher", "elsewhere"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(place / "packed")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
