@@ -189,7 +189,10 @@ def _refuse_impossible(callbacks: list[OperationCallback], root: nn.Module) -> N
     """Go through what all callbacks still have to do, in its order, without doing it."""
     names = [event.name for callback in callbacks for event in callback.events]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise FiftyfoldError(f"{twice} is scheduled twice, and the log tells events apart by name; merge the callbacks or vary an argument.")
+        raise FiftyfoldError(
+            f"{twice} is scheduled twice, and the log tells events apart by name; "
+            "merge the callbacks or vary an argument."
+        )
     events = ((step, at, event) for at, callback in enumerate(callbacks) for step, event in callback.pending(root))
     pending = sorted(events, key=lambda entry: entry[:2])
     check_order(structure_log(root), [callbacks[position].operation for _, position, _ in pending])
