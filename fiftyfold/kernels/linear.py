@@ -82,11 +82,6 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return x.float() @ codes.t().float()
 
 
-def exact_product(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Return ``x @ codes.T`` in int64, slowly: what :func:`multiply_codes` is measured against."""
-    return x.to(torch.int64) @ codes.to(torch.int64).t()
-
-
 def _rescale(
     sums: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

@@ -22,14 +22,6 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def tied_parameter_names(model: nn.Module) -> list[list[str]]:
-    """Return the groups of names that share one parameter, each in module order."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
 def update_optimizer(optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
     """Edit ``optimizer`` in place after a model's parameters changed.
 

@@ -6,9 +6,13 @@ from torch.nn import functional as F
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels import linear
-from fiftyfold.kernels.linear import exact_product, integer_linear, multiply_codes
+from fiftyfold.kernels.linear import integer_linear, multiply_codes
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, fake_quantize_activation, quantize_weight
 from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSettings
+
+
+def exact_product(x, codes):
+    return x.to(torch.int64) @ codes.to(torch.int64).t()
 
 
 def layer(bits=1, granularity="per_tensor", outputs=24, inputs=40, seed=0):

@@ -9,10 +9,8 @@ from fiftyfold.modules.surgery import (
     named_parameter_map,
     parameter_checksum,
     replace_module,
-    tied_parameter_names,
     update_optimizer,
 )
-from tests.tiny import tiny_causal
 
 
 def _model() -> nn.Sequential:
@@ -63,11 +61,6 @@ def test_replacing_reaches_every_alias():
     new = nn.Linear(2, 2)
     replace_module(model, shared, new)
     assert model["one"] is model["deep"]["two"] is new
-
-
-def test_ties_are_found():
-    assert tied_parameter_names(tiny_causal("gpt2")) == [["transformer.wte.weight", "lm_head.weight"]]
-    assert tied_parameter_names(_model()) == []
 
 
 def test_the_checksum_notices_values_and_swaps():
