@@ -23,6 +23,9 @@ from fiftyfold.errors import FiftyfoldError
 IMPLEMENTATION = "fiftyfold_scores"
 """Name of the attention function in transformers' registry."""
 
+_CHANGING = ("softcap", "s_aux", "position_bias", "head_mask")
+"""Arguments by which some models change what comes of the scores."""
+
 
 @dataclass
 class _Recorder:
@@ -91,7 +94,7 @@ def attention_with_scores(  # noqa: PLR0917 (transformers calls it so)
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
     """Attend as transformers' eager attention does, and hand the scores to the block that asked for them.
 
@@ -103,10 +106,18 @@ def attention_with_scores(  # noqa: PLR0917 (transformers calls it so)
         attention_mask: added to the scores, [batch, 1, queries, keys].
         scaling: factor on Q·Kᵀ; by default one over the root of the width.
         dropout: probability with which an attention weight is dropped in training.
+        **others: what else transformers hands over; most of it does not touch the result.
 
     Returns:
         The output [batch, queries, heads, width] and the attention probabilities.
+
+    Raises:
+        FiftyfoldError: if the model's own attention does more to the scores than scale and mask them.
     """
+    if odd := [name for name in _CHANGING if others.get(name) is not None]:
+        raise FiftyfoldError(
+            f"{type(module).__name__} attends with {odd[0]!r}, which taking scores leaves out; set attention_weight=0."
+        )
     sharing = query.shape[1] // key.shape[1]
     if sharing > 1:
         key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)

@@ -30,6 +30,7 @@ def test_an_unquantized_model_becomes_a_teacher(place: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in model.state_dict().items())
     assert len(AutoTokenizer.from_pretrained(place / "plain")) == model.config.vocab_size
+    assert len({path.stat().st_mode for path in (place / "plain").iterdir()}) == 1
     DistillationModule(str(place / "plain"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.attention_scores import capture_attention_scores, has_causal_attention
+from fiftyfold.modules.attention_scores import attention_with_scores, capture_attention_scores, has_causal_attention
 from tests.tiny import CAUSAL_FAMILIES, FAMILIES, tiny_batch, tiny_bert, tiny_causal, tiny_model
 
 
@@ -141,3 +141,10 @@ def test_gradient_checkpointing_is_refused():
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_decoders_are_told_from_encoders(kind):
     assert has_causal_attention(tiny_model(kind)) == (kind in CAUSAL_FAMILIES)
+
+
+def test_an_attention_that_does_more_to_its_scores_is_refused():
+    states = torch.randn(1, 2, 3, 4)
+    attention_with_scores(torch.nn.Module(), states, states, states, None, softcap=None)
+    with pytest.raises(FiftyfoldError, match="softcap"):
+        attention_with_scores(torch.nn.Module(), states, states, states, None, softcap=50.0)

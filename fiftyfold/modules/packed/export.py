@@ -253,6 +253,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         yield aside
+        _open_to_all(aside)
         for path in [*aside.iterdir(), aside]:
             _sync(path)
         _put_in_place(aside, target)
@@ -261,6 +262,13 @@ def written_aside(target: Path) -> Iterator[Path]:
         raise FiftyfoldError(f"{target} cannot be written ({error}); nothing was exported.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_to_all(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes files for their owner alone."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _put_in_place(aside: Path, target: Path) -> None:

@@ -40,14 +40,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         OSError: if the disk refuses, for instance because it is full.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # safetensors makes files that only their owner may read; other people are to open this one as they do its siblings.
-    path.touch()
-    mode = path.stat().st_mode
     try:
         save_file(contiguous, path, metadata={"format": "pt", DIGEST_KEY: digest(contiguous)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    path.chmod(mode)
     _sort_metadata(path)
 
 
