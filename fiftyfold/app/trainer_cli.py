@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
@@ -30,7 +31,7 @@ ADDRESSABLE = (
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI in which what the user types wins over what a checkpoint remembers."""
+    """LightningCLI in which what is typed wins over what a checkpoint remembers, and which keeps random states."""
 
     config: Any
 
@@ -38,6 +39,14 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         super().parse_arguments(parser, args)
         self._typed = parser.parse_args(args, defaults=False)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        # Without them a run cannot go on as if it had never stopped. They come first: other callbacks may draw numbers.
+        if not any(isinstance(callback, RandomStates) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, RandomStates())
+        return trainer
 
     @override
     def _parse_ckpt_path(self) -> None:

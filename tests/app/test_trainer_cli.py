@@ -9,6 +9,7 @@ import yaml
 import fiftyfold
 from fiftyfold.app.main import main
 from fiftyfold.app.trainer_cli import RECIPES
+from fiftyfold.callbacks.random_states import CHECKPOINT_KEY
 
 XTC_RECIPES = sorted((RECIPES / "xtc").glob("*.yaml"))
 
@@ -58,6 +59,11 @@ def test_the_students_checkpoint_holds_no_teacher(place: Path) -> None:
     state = torch.load(only_checkpoint(place), weights_only=True)["state_dict"]
     assert state
     assert not any("teacher" in key for key in state)
+
+
+def test_checkpoints_hold_random_states_unasked(place: Path) -> None:
+    assert fit(place) == 0
+    assert len(torch.load(only_checkpoint(place), weights_only=True)[CHECKPOINT_KEY]) == 1
 
 
 def test_an_unknown_key_stops_with_status_2(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
