@@ -188,6 +188,19 @@ def test_a_static_range_is_observed_in_training_only():
     assert "0.activation_high" not in model.state_dict()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_batch_that_overflows_does_not_spoil_a_static_range(bad):
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer)
+    quantize(model, activation_range="static")
+    for _ in range(2):
+        model(torch.tensor([[bad, 2.0]]))
+        model(torch.tensor([[1.0, -2.0]]))
+    assert layer.activation_low == -2
+    assert 0 < layer.activation_high <= 2
+    assert model(torch.tensor([[1.0, -2.0]])).isfinite().all()
+
+
 def test_ranges_are_saved_and_a_dense_file_loads_while_dormant():
     model = nn.Sequential(nn.Linear(2, 2))
     dense = copy.deepcopy(model).state_dict()
