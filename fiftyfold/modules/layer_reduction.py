@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.layer_stack import check_layers, find_layer_stack, keep_layers, layer_stack
-from fiftyfold.modules.structure import Operation, apply_operation, register_operation
+from fiftyfold.modules.structure import Operation, adopt_log, apply_operation, has_structure, register_operation
 
 OPERATION = "reduce_layers"
 """Kind of a log's entry, for reduction and for pruning alike."""
@@ -95,7 +95,8 @@ def reduction(
 def student_from_teacher(teacher: _Model, layers: Sequence[int]) -> _Model:
     """Copy ``teacher`` with only some of its layers, all of it ready to train.
 
-    Nothing is logged: the student is complete as its configuration says.
+    Nothing is logged, and what the teacher's log says stays with the teacher: the student is complete as its
+    configuration says.
 
     Args:
         teacher: a model with a stack of layers; not changed.
@@ -109,6 +110,8 @@ def student_from_teacher(teacher: _Model, layers: Sequence[int]) -> _Model:
     """
     student = copy.deepcopy(teacher)
     keep_layers(student, find_layer_stack(student), layers)
+    if has_structure(student):
+        adopt_log(student, [])
     student.requires_grad_(True)
     return student.train()
 

@@ -88,6 +88,15 @@ def test_a_student_shares_nothing_with_its_teacher():
     assert teacher.config.num_hidden_layers == 4
 
 
+def test_a_student_does_not_inherit_what_was_done_to_its_teacher():
+    teacher = tiny_bert(layers=6)
+    reduce_layers(teacher, [1, 3, 5])
+    student = student_from_teacher(teacher, [0, 2])
+    reduce_layers(student, [1])
+    assert surviving_layers(structure_log(student), 2) == [1]
+    assert len(structure_log(teacher)) == 1
+
+
 def test_the_optimizer_forgets_what_is_gone():
     model = tiny_bert().train()
     optimizer = torch.optim.AdamW(model.parameters())
