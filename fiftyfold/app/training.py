@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger
 from transformers.utils.logging import disable_progress_bar
 
+from fiftyfold.app.last_checkpoint import LastCheckpoint
 from fiftyfold.callbacks import RandomStates
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.errors import FiftyfoldError
@@ -117,14 +118,7 @@ def train(
         KeyboardInterrupt: if the user stopped the training; the last checkpoint stays in ``work``.
     """
     best = ModelCheckpoint(work, filename="best", monitor="val/score", mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(
-        work,
-        filename="last",
-        monitor="step",
-        mode="max",
-        every_n_train_steps=SAVE_EVERY_STEPS,
-        enable_version_counter=False,
-    )
+    last = LastCheckpoint(work / "last.ckpt", SAVE_EVERY_STEPS)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         devices=1,
