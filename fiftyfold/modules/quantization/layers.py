@@ -78,7 +78,8 @@ class QuantizedLayer(nn.Module):
         if settings.clip is not None:
             found = [bound.clamp(-settings.clip, settings.clip) for bound in found]
         # One batch that overflows, as mixed precision meets and skips, must not spoil the range for good.
-        found = [torch.where(new.isfinite(), new, old.float()) for old, new in zip(stored, found, strict=True)]
+        usable = found[0].isfinite() & found[1].isfinite()
+        found = [torch.where(usable, new, old.float()) for old, new in zip(stored, found, strict=True)]
         if self.training:
             for old, new in zip(stored, found, strict=True):
                 old.copy_(torch.where(unobserved, new, torch.lerp(new, old.float(), RANGE_MOMENTUM)))
