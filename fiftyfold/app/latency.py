@@ -11,32 +11,37 @@ import torch
 from torch import nn
 
 ROUNDS = 30
-WARM_UP_ROUNDS = 3
+WARM_UP_ROUNDS = 2
+LARGEST_BATCH = 32
+LONGEST_SECONDS = 30.0
 
 
 @torch.inference_mode()
-def measure_latency(
-    models: Mapping[str, nn.Module], batch: Mapping[str, torch.Tensor], rounds: int = ROUNDS
-) -> dict[str, float]:
+def measure_latency(models: Mapping[str, nn.Module], batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Time the forward passes of several models in turn, so that a slow moment of the machine meets all of them.
+
+    Each is timed in up to 30 rounds after a warm-up, in fewer if those would take longer than half a minute.
 
     Args:
         models: transformers models by name, on one device; put into eval mode.
-        batch: what each of them is called with, labels left out.
-        rounds: how often each is timed, after a warm-up.
+        batch: what each of them is called with: its first 32 rows, labels left out.
 
     Returns:
         The median per model, in milliseconds a batch.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor[:LARGEST_BATCH] for name, tensor in batch.items() if name != "labels"}
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.eval()
-    for current in range(WARM_UP_ROUNDS + rounds):
+    for _ in range(WARM_UP_ROUNDS):
+        for model in models.values():
+            _time_once(model, inputs)
+    end = time.perf_counter() + LONGEST_SECONDS
+    for done in range(ROUNDS):
+        if done and time.perf_counter() > end:
+            break
         for name, model in models.items():
-            seconds = _time_once(model, inputs)
-            if current >= WARM_UP_ROUNDS:
-                times[name].append(seconds)
+            times[name].append(_time_once(model, inputs))
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
