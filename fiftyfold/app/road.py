@@ -11,7 +11,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from torch import nn
 from transformers.utils import cached_file
 
 from fiftyfold.app.latency import measure_latency
@@ -170,8 +169,22 @@ def deliver(
     round_rest(module.student)
     report = {"recipe": recipe.to_json(), "trained": score(module, data)}
     export(module.student, aside, tokenizer=data.tokenizer, report=report, overwrite=True)
-    student = FineTuningModule(load(aside))
-    teacher = FineTuningModule(recipe.teacher)
+    rows, scores = compare(recipe, data, aside)
+    rows[1:1] = extra_rows
+    metric = data.task.selection_metric
+    _add_to_report(aside, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    aside.rename(folder)
+    show(rows, metric, folder)
+    return rows
+
+
+def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Score and time a delivered folder beside its teacher.
+
+    Returns:
+        The rows of teacher and student, and all their development metrics by name.
+    """
+    teacher, student = FineTuningModule(recipe.teacher), FineTuningModule(load(folder))
     scores = {"teacher": score(teacher, data), "reloaded": score(student, data)}
     latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))
     rows = [
@@ -179,23 +192,18 @@ def deliver(
             "teacher",
             scores["teacher"]["val/score"],
             weights_bytes(recipe.teacher),
-            parameter_count(teacher.model),
+            sum(parameter.numel() for parameter in teacher.model.parameters()),
             latency["teacher"],
         ),
-        *extra_rows,
         Row(
             f"student {recipe.bits_name}",
             scores["reloaded"]["val/score"],
-            weights_bytes(str(aside)),
-            parameter_count(module.student),
+            weights_bytes(str(folder)),
+            json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["parameters"],
             latency["student"],
         ),
     ]
-    metric = data.task.selection_metric
-    _add_to_report(aside, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
-    aside.rename(folder)
-    show(rows, metric, folder)
-    return rows
+    return rows, scores
 
 
 def show(rows: Sequence[Row], metric: str, folder: Path) -> None:
@@ -219,11 +227,6 @@ def weights_bytes(source: str) -> int:
         folder = Path(cached_file(source, "config.json")).parent
     files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters, a tied one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _optimizer(recipe: Recipe) -> Callable[[Any], torch.optim.Optimizer]:
