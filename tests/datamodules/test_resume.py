@@ -15,7 +15,6 @@ from fiftyfold.callbacks.random_states import RandomStates, capture_random_state
 from fiftyfold.datamodules import GLUEDataModule
 from tests.datamodules.conftest import write_sst2
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
