@@ -120,7 +120,7 @@ def test_diagnostic_set_is_for_prediction(tmp_path, tokenizer_folder):
     data = module(tmp_path, tokenizer_folder, tmp_path, task="ax")
     data.setup("predict")
     assert count_rows(data.predict_dataloader()) == 1
-    with pytest.raises(FiftyfoldError, match="no train set for ax"):
+    with pytest.raises(FiftyfoldError, match="no development set for ax"):
         data.setup("fit")
     data.setup("test")
     with pytest.raises(FiftyfoldError, match="has no labels to test with"):
@@ -179,7 +179,7 @@ class TestCache:
             data = module(sst2_folder, tokenizer_folder, tmp_path)
             data.setup("fit")
             list(data.train_dataloader())
-        assert tokenizings == [27, 9]
+        assert tokenizings == [9, 27]
 
     def test_notices_a_changed_source(self, tmp_path, sst2_folder, tokenizer_folder, tokenizings):
         module(sst2_folder, tokenizer_folder, tmp_path).setup("fit")
@@ -191,7 +191,7 @@ class TestCache:
         assert path.stat().st_size == status.st_size
         data = module(sst2_folder, tokenizer_folder, tmp_path)
         data.setup("fit")
-        assert tokenizings == [27, 9, 27]
+        assert tokenizings == [9, 27, 27]
         good = data.tokenizer.convert_tokens_to_ids("good")
         assert not any((batch["input_ids"] == good).any() for batch in data.train_dataloader())
 
