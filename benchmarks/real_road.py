@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--remeasure", action="store_true", help="score and time the students that are there once more, and stop"
     )
+    parser.add_argument("--table", action="store_true", help="print the results as a Markdown table and stop")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("cells", nargs="*")
     arguments = parser.parse_args()
@@ -79,6 +80,9 @@ def main() -> None:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
+    if arguments.table:
+        print(table())
+        return
     if arguments.remeasure:
         remeasure(arguments.work)
         return
@@ -130,6 +134,36 @@ def remeasure(work: Path) -> None:
             rows, _ = compare(recipe, build_data(recipe), work / result["cell"])
             result |= {"rows": [row.to_json() for row in rows], "latency_threads": torch.get_num_threads()}
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def table() -> str:
+    """Return the results as Markdown, one row a student."""
+    lines = [
+        "| task | student | score | teacher | kept | file | smaller | epochs |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in CELLS:
+        path = RESULTS / f"{cell}.json"
+        variant, _, task = cell.rpartition("-")
+        if variant == "teacher" or not path.is_file():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        teacher = json.loads((RESULTS / f"teacher-{task}.json").read_text(encoding="utf-8"))["scores"]["val/score"]
+        student = result["rows"][-1]["score"] if "rows" in result else result["scores"]["val/score"]
+        size, ratio = "-", "-"
+        if "rows" in result:
+            own = result["rows"][-1]["bytes_on_disk"]
+            size, ratio = f"{own / 2**20:.2f} MiB", f"{result['rows'][0]['bytes_on_disk'] / own:.1f}x"
+        figures = (
+            f"{student:.4f}",
+            f"{teacher:.4f}",
+            f"{student / teacher:.1%}",
+            size,
+            ratio,
+            result["recipe"]["epochs"],
+        )
+        lines.append("| " + " | ".join(str(value) for value in (task, variant, *figures)) + " |")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:
