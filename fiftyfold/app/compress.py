@@ -7,6 +7,7 @@ from typing import Literal
 
 from fiftyfold.app.recipe import Recipe
 from fiftyfold.app.road import travel
+from fiftyfold.errors import FiftyfoldError
 
 
 def compress(
@@ -84,4 +85,9 @@ def compress(
         seed=seed,
     )
     folder = output or f"{Path(teacher).resolve().name}-{task}-{recipe.bits_name.lower()}"
-    travel(recipe, Path(folder).expanduser())
+    place = Path(folder).expanduser()
+    if place.resolve() == Path.cwd():
+        raise FiftyfoldError(
+            "the output replaces its folder, which cannot be the current directory; name one inside it."
+        )
+    travel(recipe, place)

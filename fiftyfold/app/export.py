@@ -15,7 +15,7 @@ from fiftyfold.modules import DistillationModule, FineTuningModule
 from fiftyfold.modules import export as export_folder
 from fiftyfold.modules.packed.export import written_aside
 from fiftyfold.modules.quantization.layers import quantized_layers
-from fiftyfold.modules.task_module import TaskModule
+from fiftyfold.modules.task_module import DATA_KEY, TaskModule
 
 
 def export(
@@ -48,7 +48,15 @@ def export(
     moved = {name: place for name, place in moved.items() if place is not None}
     if strange := sorted(moved.keys() - hyperparameters.keys()):
         raise FiftyfoldError(f"{checkpoint} was trained without a {strange[0]}; leave --{strange[0]} out.")
-    trained = kind.load_from_checkpoint(checkpoint, map_location="cpu", **moved).trained_model
+    try:
+        trained = kind.load_from_checkpoint(checkpoint, map_location="cpu", **moved).trained_model
+    except FiftyfoldError:
+        raise
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise FiftyfoldError(
+            f"{checkpoint} does not fit {kind.__name__} ({_first_line(error)}); name the folders that the training "
+            "began from, as they were then."
+        ) from error
     places = {**hyperparameters, **moved}
     words = _load_tokenizer(str(tokenizer or places.get("teacher") or places["model"]))
     if any(True for _ in quantized_layers(trained)):
@@ -68,8 +76,9 @@ def _hyperparameters(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise FiftyfoldError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)}).") from error
-    found = content.get("hyper_parameters") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not {"teacher", "model"} & found.keys():
+    own = isinstance(content, dict) and DATA_KEY in content
+    found = content.get("hyper_parameters") if own else None
+    if not isinstance(found, dict) or not isinstance(found.get("teacher", found.get("model")), str):
         raise FiftyfoldError(
             f"{path} is not a checkpoint of DistillationModule or FineTuningModule; for another module, load it with "
             "fiftyfold.modules.load_from_checkpoint and call fiftyfold.export on its model."

@@ -226,8 +226,18 @@ class GLUEDataModule(LightningDataModule):
         return self._sources
 
     def _evaluation_loaders(self, splits: tuple[str, ...], *, sort: bool) -> StatefulLoader | list[StatefulLoader]:
+        for split in splits:
+            self._check_enough(split)
         loaders = [self._evaluation_loader(self._splits[split], sort=sort) for split in splits]
         return loaders[0] if len(loaders) == 1 else loaders
+
+    def _check_enough(self, split: str) -> None:
+        """Refuse, on all processes alike, what would leave one without a batch and the others waiting for it."""
+        rows, processes = len(self._splits[split]), self._place()["world_size"]
+        if rows < processes:
+            raise FiftyfoldError(
+                f"The {split} set of {self.task.name} has {rows} rows for {processes} processes; use fewer devices."
+            )
 
     def _evaluation_loader(self, tokens: datasets.Dataset, *, sort: bool) -> StatefulLoader:
         batches = plan_evaluation_batches(

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ _STEMS = {
     "test_mismatched": ("test_mismatched",),
 }
 _HIGHEST_SCORE = 5.0
+_LONGEST_QUOTE = 60
+_FIRST_SHARD = "-00000-of-"
+_JSON = json.JSONDecoder()
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 Row = tuple[int, Mapping[str, Any]]
 """A line number, counted from 1, and the line's fields by column."""
@@ -65,7 +70,8 @@ def find_files(folder: str | Path, task: GLUETask) -> dict[str, Path]:
         task: the task.
 
     Returns:
-        The file of every split that is there, by the split's name.
+        The file of every split that is there, by the split's name; of a split in several parquet files, as the hub
+        stores GLUE, the first one.
 
     Raises:
         FiftyfoldError: if the folder does not exist, if it holds no file of the task, or if two files claim a split.
@@ -91,7 +97,7 @@ def find_files(folder: str | Path, task: GLUETask) -> dict[str, Path]:
 def _find_split(folder: Path, split: str) -> Path | None:
     for stem in _STEMS[split]:
         candidates = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
-        candidates += sorted(folder.glob(f"{stem}-00000-of-00001.parquet"))
+        candidates += sorted(folder.glob(f"{stem}{_FIRST_SHARD}?????.parquet"))
         if len(candidates) > 1:
             names = " and ".join(path.name for path in candidates)
             raise FiftyfoldError(f"The folder {folder} holds {names} for one split; keep the one that is meant.")
@@ -100,11 +106,28 @@ def _find_split(folder: Path, split: str) -> Path | None:
     return None
 
 
+def file_shards(path: Path) -> list[Path]:
+    """Return the files of a split in their order: ``x-00000-of-00003.parquet`` stands for all three.
+
+    Raises:
+        FiftyfoldError: if one is missing.
+    """
+    stem, mark, count = path.stem.partition(_FIRST_SHARD)
+    if path.suffix != ".parquet" or not mark or not count.isdecimal():
+        return [path]
+    shards = [path.with_name(f"{stem}-{number:05d}-of-{count}.parquet") for number in range(max(1, int(count)))]
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise FiftyfoldError(
+            f"The file {missing[0]} does not exist, but {path.name} does; fetch all {int(count)} parts."
+        )
+    return shards
+
+
 def read_file(path: str | Path, task: GLUETask, *, labelled: bool = True) -> Rows:
-    """Read one file of a task.
+    """Read one file of a task, or one split in several parquet files.
 
     Args:
-        path: a ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file.
+        path: a ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file; see :func:`file_shards`.
         task: the task that the file belongs to.
         labelled: whether labels must be there. If not, a missing column, or a column of nothing but ``-1``, gives
             rows without labels.
@@ -113,7 +136,17 @@ def read_file(path: str | Path, task: GLUETask, *, labelled: bool = True) -> Row
         FiftyfoldError: if the file is missing, empty, not UTF-8, lacks a column, or holds a row of the wrong length or
             a label out of range; the message names the file and the line.
     """
-    path = Path(path)
+    parts = [_read_shard(shard, task, labelled=labelled) for shard in file_shards(Path(path))]
+    texts = tuple(list(itertools.chain(*column)) for column in zip(*(part.texts for part in parts), strict=True))
+    labels: list[Any] = []
+    for part in parts:
+        if part.labels is None:
+            return Rows(texts, None)
+        labels += part.labels
+    return Rows(texts, labels)
+
+
+def _read_shard(path: Path, task: GLUETask, *, labelled: bool) -> Rows:
     if not path.is_file():
         raise FiftyfoldError(f"The file {path} does not exist; check the data folder.")
     if path.stat().st_size == 0:
@@ -177,12 +210,13 @@ def parse_label(raw: Any, task: GLUETask, source: str, line: int) -> int | float
     Raises:
         FiftyfoldError: if it is neither.
     """
-    text = str(raw).strip()
+    text = type(raw).__name__ if isinstance(raw, list | dict) else str(raw).strip()
+    quoted = repr(text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…")
     if task.is_regression:
         score = _to_float(text)
         if not 0.0 <= score <= _HIGHEST_SCORE:
             raise FiftyfoldError(
-                f"{source}, line {line}: the score {text!r} is not a number from 0 to 5; correct the line, or choose"
+                f"{source}, line {line}: the score {quoted} is not a number from 0 to 5; correct the line, or choose"
                 f" the task that the file belongs to."
             )
         return score
@@ -192,7 +226,7 @@ def parse_label(raw: Any, task: GLUETask, source: str, line: int) -> int | float
         return int(text)
     known = ", ".join(f"{index} ({name})" for index, name in enumerate(task.label_names))
     raise FiftyfoldError(
-        f"{source}, line {line}: the label {text!r} is none of {task.name}'s: {known}; correct the line, or choose the"
+        f"{source}, line {line}: the label {quoted} is none of {task.name}'s: {known}; correct the line, or choose the"
         f" task that the file belongs to."
     )
 
@@ -207,6 +241,13 @@ def _to_float(text: str) -> float:
 def _parse_text(value: Any, column: str, source: str, line: int) -> str:
     if not isinstance(value, str):
         raise FiftyfoldError(f"{source}, line {line}: column {column!r} holds no text; correct or remove the line.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise FiftyfoldError(
+            f"{source}, line {line}: column {column!r} holds {value[error.start]!r}, half a character; correct or"
+            " remove the line."
+        ) from error
     return value.strip()
 
 
@@ -304,20 +345,46 @@ def _read_json(path: Path, task: GLUETask) -> tuple[list[str], Iterator[Row]]:
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FiftyfoldError(f"{path}, line {number}: not JSON ({error.msg}); correct the line.") from error
+            record, end = _decode_json(path, number, line, _skip_space(line, 0))
+            if rest := line[end:].strip():
+                raise FiftyfoldError(f"{path}, line {number}: not JSON ({rest[0]!r} after its end); correct the line.")
             yield number, _json_record(path, number, record)
 
 
 def _json_array(path: Path, text: str) -> Iterator[Row]:
+    """Decode an array one record at a time, to know the line of each."""
+    end, mark = _skip_space(text, 0), "["
+    line = text.count("\n", 0, end) + 1
+    while mark != "]":
+        start = _skip_space(text, end + 1)
+        line += text.count("\n", end, start)
+        if mark == "[" and text[start : start + 1] == "]":
+            return
+        record, end = _decode_json(path, line, text, start)
+        yield line, _json_record(path, line, record)
+        end = _skip_space(text, end)
+        line += text.count("\n", start, end)
+        mark = text[end : end + 1]
+        if mark not in {",", "]"}:
+            raise FiftyfoldError(f"{path}, line {line}: not JSON (no comma after a record); correct the line.")
+    if rest := text[end + 1 :].strip():
+        raise FiftyfoldError(f"{path}, line {line}: not JSON ({rest[0]!r} after the array's end); correct the line.")
+
+
+def _skip_space(text: str, start: int) -> int:
+    found = _JSON_SPACE.match(text, start)
+    return start if found is None else found.end()
+
+
+def _decode_json(path: Path, line: int, text: str, start: int) -> tuple[Any, int]:
     try:
-        records = json.loads(text)
+        return _JSON.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        raise FiftyfoldError(f"{path}, line {error.lineno}: not JSON ({error.msg}); correct the line.") from error
-    for number, record in enumerate(records, start=1):
-        yield number, _json_record(path, number, record)
+        line += text.count("\n", start, error.pos)
+        raise FiftyfoldError(f"{path}, line {line}: not JSON ({error.msg}); correct the line.") from error
+    except (ValueError, RecursionError) as error:
+        what = "a number of too many digits" if isinstance(error, ValueError) else "too many brackets inside brackets"
+        raise FiftyfoldError(f"{path}, line {line}: {what}; correct or remove the line.") from error
 
 
 def _json_record(path: Path, number: int, record: Any) -> Mapping[str, Any]:
@@ -329,6 +396,7 @@ def _json_record(path: Path, number: int, record: Any) -> Mapping[str, Any]:
 def _read_parquet(path: Path, _task: GLUETask) -> tuple[list[str], Iterator[Row]]:
     try:
         table = pyarrow.parquet.read_table(path)
-    except (ArrowException, OSError) as error:
+        records = table.to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
         raise FiftyfoldError(f"{path} is not a readable parquet file ({error}); fetch or write it again.") from error
-    return table.column_names, enumerate(table.to_pylist(), start=1)
+    return table.column_names, enumerate(records, start=1)

@@ -17,7 +17,7 @@ import pyarrow.compute
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fiftyfold.datamodules.glue_files import Rows
+from fiftyfold.datamodules.glue_files import Rows, file_shards
 from fiftyfold.errors import FiftyfoldError
 
 _FORMAT_VERSION = 1
@@ -30,9 +30,15 @@ def default_cache_folder() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content; a touched file keeps its digest, an edited one never does."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file's content; a touched file keeps its digest, an edited one never does.
+
+    The first of several parquet files stands for all of them.
+    """
+    digests = []
+    for shard in file_shards(path):
+        with shard.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return "-".join(digests)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -239,7 +240,7 @@ def _load(auto_class: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     logging.set_verbosity_error()
     try:
         return auto_class.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FiftyfoldError(
             f"No model with a tokenizer could be loaded from {name!r} for augmentation ({reason}); give a folder or a"

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.layers import PackedLayer
+from fiftyfold.modules.packed.plugin import FiftyfoldQuantizer
 from fiftyfold.modules.packed.trainable import make_trainable
 from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
@@ -69,10 +70,10 @@ def load_student(source: str, role: str, num_labels: int | None = None) -> PreTr
         num_labels: number of labels; None for what the configuration says.
 
     Raises:
-        FiftyfoldError: if there is no such model or it cannot be read.
+        FiftyfoldError: if there is no such model, it cannot be read, or its backbone lacks weights.
     """
     model = load_classifier(source, role, num_labels)
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
+    if _has_packed_layers(model):
         make_trainable(model)
     # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
     return model.requires_grad_(True).float().train()
@@ -91,7 +92,7 @@ def load_teacher(source: str) -> PreTrainedModel:
 
 
 def load_classifier(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:
-    """Load a model for sequence classification, in float32; weights that are missing, such as a head's, are random.
+    """Load a model for sequence classification, in float32; a head or pooler that is missing is made anew.
 
     Args:
         source: a folder or hub id.
@@ -99,7 +100,7 @@ def load_classifier(source: str, role: str, num_labels: int | None = None) -> Pr
         num_labels: number of labels; None for what the configuration says.
 
     Raises:
-        FiftyfoldError: if there is no such model or it cannot be read.
+        FiftyfoldError: if there is no such model, it cannot be read, or its backbone lacks weights.
     """
     return _load_classifier(source, role, num_labels, complete=False)
 
@@ -127,9 +128,27 @@ def _load_classifier(source: str, role: str, num_labels: int | None, *, complete
             f"the {role} {source!r} cannot be loaded as a transformers classifier ({reason}); give a folder that "
             "save_pretrained wrote, or a hub id."
         ) from error
-    if complete and (missing := sorted(loading["missing_keys"])):
+    missing = sorted(loading["missing_keys"])
+    if lost := [name for name in missing if _in_backbone(name, model)]:
+        raise FiftyfoldError(
+            f"the {role} {source!r} lacks {len(lost)} weights of its backbone, such as {lost[0]!r}; copy or save it "
+            "again."
+        )
+    if complete and missing:
         raise FiftyfoldError(
             f"the {role} {source!r} was not fine-tuned as a classifier: it has no weights for {missing[0]!r}; "
             "fine-tune it first (FineTuningModule)."
         )
+    if isinstance(getattr(model, "hf_quantizer", None), FiftyfoldQuantizer) and not _has_packed_layers(model):
+        # An export of a model that nothing had quantized; transformers would not change its dtype.
+        make_trainable(model)
     return model
+
+
+def _has_packed_layers(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, PackedLayer) for module in model.modules())
+
+
+def _in_backbone(name: str, model: PreTrainedModel) -> bool:
+    # Models that were trained to fill in masks have no pooler.
+    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name.split(".")

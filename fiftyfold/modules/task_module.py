@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -140,6 +141,10 @@ class TaskModule(LightningModule):
         """Let the loader find its place: :func:`total_steps` made it before Lightning had read its state."""
         self.trainer.fit_loop._load_combined_loader_states()
 
+    def on_train_end(self) -> None:
+        """Refuse to end well after a loss that was no number; on an accelerator the last ones are not read yet."""
+        self._loss_guard.check()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the data told of labels and padding; refuse weights that a loss without a value has spoilt."""
         self._loss_guard.check()
@@ -194,13 +199,21 @@ class TaskModule(LightningModule):
                 metric.update(predictions(logits), labels)
 
     def _log_scores(self, split: str) -> None:
-        for name, metrics in zip(self._evaluation_names(), self._scores, strict=True):
-            values = {key: metric.compute() for key, metric in metrics.items() if metric.update_called}
+        for name, metrics, seen in zip(self._evaluation_names(), self._scores, self._seen_by_any_rank(), strict=True):
+            if not seen:
+                continue
+            values = {key: metric.compute() for key, metric in metrics.items()}
             prefix = f"{split}_{name}" if name else split
             self.log_dict({f"{prefix}/{key}": value for key, value in values.items()})
             if not name and self.task.selection_metric in values:
                 self.log(f"{split}/score", values[self.task.selection_metric], prog_bar=True)
         self._scores = []
+
+    def _seen_by_any_rank(self) -> list[bool]:
+        """Tell which sets gave batches. Computing a metric joins all ranks, also one that had no batch of its own."""
+        counts = [metrics["loss"].update_count for metrics in self._scores]
+        gathered = self.all_gather(torch.tensor(counts, device=self.device))
+        return [bool(count) for count in gathered.reshape(-1, len(counts)).sum(0)]
 
     def _unstorable_hyperparameters(self) -> list[str]:
         # What LightningCLI hands over is plain; a callable handed over in Python is not, and would make the checkpoint

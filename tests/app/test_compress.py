@@ -157,6 +157,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert sorted(path.name for path in place.iterdir() if path.name != "cache") == before
 
 
+@pytest.mark.parametrize("output", [".", "./", "../here"])
+def test_the_current_directory_is_not_replaced(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (place / "here").mkdir()
+    monkeypatch.chdir(place / "here")
+    command = ["compress", str(place / "teacher"), "--task", "sst2", "--data", str(place / "data")]
+    assert main([*command, "--output", output]) == 1
+    assert "current directory" in capsys.readouterr().err
+    assert not list(place.glob("*.work"))
+
+
 def test_a_missing_teacher_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "nobody", *COMMAND[2:]]) == 1
     assert "nobody" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fiftyfold.app.main import main
 from fiftyfold.modules import DistillationModule
+from tests.app.conftest import write_teacher
 
 DATA = ["--data", "GLUEDataModule", "--data.task", "sst2", "--data.data", "data", "--data.tokenizer", "teacher"]
 QUIET = ["--trainer.logger", "false", "--trainer.max_epochs", "1"]
@@ -32,6 +33,23 @@ def test_an_unquantized_model_becomes_a_teacher(place: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(place / "plain")) == model.config.vocab_size
     assert len({path.stat().st_mode for path in (place / "plain").iterdir()}) == 1
     DistillationModule(str(place / "plain"))
+
+
+@pytest.mark.parametrize("hyperparameters", [{"model": {"width": 8}}, {"teacher": 3}, {"model": "teacher"}, {}])
+def test_another_modules_checkpoint_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], hyperparameters: dict[str, object]
+) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": hyperparameters}, place / "foreign.ckpt")
+    assert main(["export", "foreign.ckpt", "out"]) == 1
+    assert "is not a checkpoint of DistillationModule or FineTuningModule" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_a_folder_that_has_changed_since_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = trained(place, *FINE_TUNING)
+    write_teacher(place / "deeper", layers=5)
+    assert main(["export", checkpoint, "out", "--model", "deeper"]) == 1
+    assert "does not fit FineTuningModule" in capsys.readouterr().err
 
 
 def test_a_teacher_that_moved_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -299,6 +300,16 @@ def test_wrong_values(tmp_path, source, synonym_file):
     with pytest.raises(FiftyfoldError, match="cannot be written"):
         augment_file(source, tmp_path / "file" / "out", "sst2", synonyms=synonym_file)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("length", [1000, -100])
+def test_a_truncated_model_is_one_sentence(tmp_path, model_folder, length):
+    folder = shutil.copytree(model_folder, tmp_path / "torn")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(FiftyfoldError, match="No model with a tokenizer could be loaded") as caught:
+        EmbeddingNeighbours(str(folder))
+    assert "\n" not in str(caught.value)
 
 
 def test_full_disk_keeps_what_is_done(tmp_path, source, synonym_file, monkeypatch):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import jsonargparse
 import lightning.pytorch as pl
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 from fiftyfold.datamodules import GLUEDataModule, token_cache
 from fiftyfold.datamodules.glue_files import Rows
 from fiftyfold.errors import FiftyfoldError
+from tests.datamodules.conftest import write_sst2
 
 
 def module(folder, tokenizer, tmp_path, task="sst2", **options):
@@ -73,6 +77,28 @@ def test_tokenizer_without_padding_token_pads_with_its_end(tmp_path, sst2_folder
 def test_padding_side_is_the_tokenizers():
     collate = token_cache.PaddingCollator(0, regression=False, pad_left=True)
     assert collate({"input_ids": [[5], [6, 7]]})["input_ids"].tolist() == [[0, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_refuses_a_development_set_that_leaves_one_without_a_batch(tmp_path, tokenizer_folder, rank):
+    data = module(write_sst2(tmp_path / "SST-2", dev=1).parent, tokenizer_folder, tmp_path)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    data.setup("fit")
+    with pytest.raises(FiftyfoldError, match="validation set of sst2 has 1 rows for 2 processes; use fewer devices"):
+        data.val_dataloader()
+
+
+def test_a_changed_shard_is_noticed(tmp_path, sst2_folder, tokenizer_folder):
+    folder = sst2_folder / "SST-2"
+    (folder / "train.tsv").unlink()
+    for second in ("fine film", "good plot and story"):
+        for number, text in enumerate(["good film", second]):
+            table = pyarrow.table({"sentence": [text], "label": [number]})
+            pyarrow.parquet.write_table(table, folder / f"train-{number:05d}-of-00002.parquet")
+        data = module(sst2_folder, tokenizer_folder, tmp_path, batch_size=2)
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        assert batch["input_ids"].shape == (2, 2 + len(second.split()))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

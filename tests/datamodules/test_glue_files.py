@@ -119,6 +119,24 @@ WRONG = {
     "text missing": ("train.jsonl", SST2, '{"sentence": "a", "label": 1}\n{"label": 1}\n', "line 2: column 'sentence'"),
     "not JSON": ("train.jsonl", SST2, '{"sentence": "a", "label": 1}\n{"sent\n', "line 2: not JSON"),
     "JSON without columns": ("train.jsonl", SST2, '["a", 1]\n', "line 1: not a"),
+    "JSON goes on": ("train.jsonl", SST2, '{"sentence": "a", "label": 1} 5\n', "line 1: not JSON"),
+    "half a character": ("train.jsonl", SST2, '{"sentence": "a \\ud83d", "label": 1}\n', "line 1: .*half a character"),
+    "brackets": ("train.jsonl", SST2, f'{{"sentence": {"[" * 200_000}', "line 1: too many brackets"),
+    "digits": ("train.jsonl", SST2, f'\n{{"sentence": "a", "label": {"1" * 5000}}}', "line 2: a number of too many"),
+    "long number": ("train.jsonl", SST2, f'{{"sentence": "a", "label": {"1" * 4000}}}', "line 1: the label '1{60}…'"),
+    "label is a list": ("train.jsonl", SST2, f'{{"sentence": "a", "label": {"[" * 500 + "]" * 500}}}', "label 'list'"),
+    "array: half a character": (
+        "train.json",
+        SST2,
+        '[\n{"sentence": "a", "label": 1},\n\n{"sentence": "\\udc00", "label": 1}]',
+        "line 4: .*half a character",
+    ),
+    "array: brackets": ("train.json", SST2, f'[\n{{"sentence": {"[" * 200_000}', "line 2: too many brackets"),
+    "array: digits": ("train.json", SST2, f'\n[\n{{"label": {"1" * 5000}}}]', "line 3: a number of too many"),
+    "array: torn": ("train.json", SST2, '[{"sentence": "a", "label": 1},\n{"sentence":\n"b', "line 3: not JSON"),
+    "array: no comma": ("train.json", SST2, '[{"sentence": "a", "label": 1}\n{}]', "line 2: not JSON .no comma"),
+    "array: goes on": ("train.json", SST2, '[{"sentence": "a", "label": 1}]\n,', "after the array's end"),
+    "array: empty": ("train.json", SST2, "[ ]", "train.json is empty"),
     "CSV row": ("train.csv", SST2, "sentence,label\na,b,1\n", "line 2: 3 fields separated by commas"),
     "CSV quotes": ("train.csv", SST2, 'sentence,label\n"a" b,1\n', "line 2: not readable as CSV"),
     "no parquet": ("train.parquet", SST2, "PAR1 no", "is not a readable parquet file"),
@@ -163,6 +181,22 @@ def test_finds_the_hubs_layout_and_other_names(tmp_path):
         "validation_matched": "validation_matched.csv",
         "validation_mismatched": "dev_mismatched.jsonl",
     }
+
+
+def write_shards(folder, count=3):
+    for number in range(count):
+        table = pyarrow.Table.from_pylist([{"sentence": f"row {number}", "label": number % 2}])
+        pyarrow.parquet.write_table(table, folder / f"train-{number:05d}-of-{count:05d}.parquet")
+
+
+def test_shards_are_one_split_in_their_order(tmp_path):
+    write_shards(tmp_path)
+    rows = read_file(find_files(tmp_path, SST2)["train"], SST2)
+    assert rows.texts == (["row 0", "row 1", "row 2"],)
+    assert rows.labels == [0, 1, 0]
+    (tmp_path / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(FiftyfoldError, match=r"train-00001-of-00003.parquet does not exist"):
+        read_file(find_files(tmp_path, SST2)["train"], SST2)
 
 
 def test_folder_troubles(tmp_path):

@@ -10,14 +10,16 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import FineTuningModule
+from fiftyfold.modules import DistillationModule, FineTuningModule, export
 from fiftyfold.modules.evaluation_task import UnnamedTask
 from fiftyfold.modules.fine_tuning import load_teacher
+from fiftyfold.modules.finite_loss import FiniteLossGuard
 from fiftyfold.modules.task_module import decay_groups, label_loss, model_inputs
 from tests.modules.training import fit, loader, same_weights, trainer
 from tests.tiny import FAMILIES, tiny_batch, tiny_bert, tiny_model
@@ -114,6 +116,17 @@ def test_scores_of_every_validation_set(folder):
     assert metrics["val/loss"].item() == pytest.approx(label_loss(logits, labels).item(), rel=1e-5)
 
 
+def test_a_rank_without_batches_joins_the_others_in_computing(folder, monkeypatch):
+    module, logged = FineTuningModule(folder), {}
+    monkeypatch.setattr(module, "all_gather", lambda own: torch.stack([own, torch.ones_like(own)]))
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    module._start_scores()
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        module._log_scores("val")
+    assert set(logged) == {"val/accuracy", "val/loss"}
+
+
 def test_names_come_from_the_task_and_are_saved(folder, tmp_path):
     module = FineTuningModule(folder)
     trainer(max_steps=1).fit(module, datamodule=Data())
@@ -162,6 +175,19 @@ def test_a_loss_that_is_no_number_stops_the_training(folder):
         trainer().fit(module, loader())
 
 
+def test_an_accelerator_run_does_not_end_well_after_its_last_losses(folder, monkeypatch):
+    class OnAccelerator(torch.Tensor):
+        device = torch.device("cuda")
+
+    note = FiniteLossGuard.note
+    monkeypatch.setattr(
+        FiniteLossGuard, "note", lambda guard, loss, step: note(guard, loss.detach().as_subclass(OnAccelerator), step)
+    )
+    module = FineTuningModule(folder, warmup=0.0, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e30))
+    with pytest.raises(FiftyfoldError, match="at step 1"):
+        trainer().fit(module, loader())
+
+
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FiftyfoldError, match="nowhere"):
         FineTuningModule(str(tmp_path / "nowhere"))
@@ -183,6 +209,31 @@ def test_a_teacher_without_a_classifier_of_its_own_is_refused(folder, tmp_path):
     with pytest.raises(FiftyfoldError, match="classifier"):
         load_teacher(str(tmp_path / "headless"))
     assert same_weights(load_teacher(folder), tiny_bert())
+
+
+def test_a_backbone_with_missing_weights_is_refused(folder):
+    file = Path(folder) / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "pooler" in name or name.startswith("classifier")]:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    FineTuningModule(folder)
+    del tensors["bert.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(FiftyfoldError, match=r"lacks 1 weights of its backbone, such as 'bert.encoder.layer.1.output"):
+        FineTuningModule(folder)
+
+
+def test_an_exported_folder_with_nothing_packed_trains_in_float32(tmp_path):
+    export(tiny_bert(), tmp_path / "plain")
+    module = FineTuningModule(str(tmp_path / "plain"))
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in module.parameters())
+    before = module.model.classifier.weight.clone()
+    fit(module, steps=1)
+    assert not torch.equal(module.model.classifier.weight, before)
+    module.model.save_pretrained(tmp_path / "again")
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "again"), "quantization_config")
+    assert DistillationModule(str(tmp_path / "plain")).student.dtype == torch.float32
 
 
 @pytest.mark.parametrize("arguments", [{"warmup": 1.0}, {"warmup": -0.1}, {"weight_decay": -1.0}])

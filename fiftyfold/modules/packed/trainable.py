@@ -35,7 +35,7 @@ def make_trainable(model: nn.Module) -> None:
                     dense._buffers[name] = module.get_buffer(name)
             replace_module(model, module, dense.train(module.training))
     model.requires_grad_(True)
-    if isinstance(model, PreTrainedModel) and model.hf_quantizer is not None:
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
         model.config._is_quantized = False
         model.__dict__.pop("_adjust_bias", None)
