@@ -302,6 +302,14 @@ def test_a_strangers_model_trains_on_too(tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_a_model_of_transformers_that_is_filled_trains_on_too(tmp_path):
+    model = tiny_bert()
+    quantize(model)
+    export(model, tmp_path / "out")
+    loaded = load(tmp_path / "out", into=tiny_bert(seed=1), trainable=True)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
 # --- without the plug-in --------------------------------------------------------------------------------------------
 
 WITHOUT = """
