@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import export, load, quantize
-from tests.modules.packed.helpers import (
+from tests.modules.packed.examples import (
     Encoder,
     drop_checksum,
     edit_config,

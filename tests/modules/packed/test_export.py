@@ -21,7 +21,7 @@ from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.weights_file import read_headers
 from fiftyfold.modules.quantization.quantize import XTC_SETTINGS, install_quantizers
 from fiftyfold.modules.structure import structure_log
-from tests.modules.packed.helpers import Encoder, inputs, logits, quantized, tiny_tokenizer
+from tests.modules.packed.examples import Encoder, inputs, logits, quantized, tiny_tokenizer
 from tests.tiny import FAMILIES, tiny_bert, tiny_causal, tiny_model
 
 export_module = sys.modules["fiftyfold.modules.packed.export"]
@@ -387,7 +387,7 @@ import resource, signal, sys
 from pathlib import Path
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import export, quantize
-from tests.modules.packed.helpers import tiny_tokenizer
+from tests.modules.packed.examples import tiny_tokenizer
 from tests.tiny import tiny_bert
 
 model = tiny_bert()

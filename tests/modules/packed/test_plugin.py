@@ -37,7 +37,7 @@ from fiftyfold.modules.packed.layers import PackedLayer
 from fiftyfold.modules.packed.plugin import register_plugin
 from fiftyfold.modules.quantization.layers import QuantizedLayer, codes_and_scale, quantized_layers
 from fiftyfold.modules.structure import STATE_KEY, structure_log
-from tests.modules.packed.helpers import Encoder, inputs, logits, quantized, tiny_tokenizer
+from tests.modules.packed.examples import Encoder, inputs, logits, quantized, tiny_tokenizer
 from tests.tiny import FAMILIES, tiny_bert, tiny_causal, tiny_config, tiny_model
 
 
