@@ -34,12 +34,14 @@ def integer_linear(
     clip: float | None = None,
     largest: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize the input per token, multiply integers, and rescale.
+    """Quantize the input per token, multiply integers, and rescale: ``(sum * input_scale) * weight_scale + bias``.
+
+    A token with an entry that is not a number, or whose range is not finite, gives NaN in all outputs.
 
     Args:
         x: (…, inputs), any floating-point type.
         codes: int8, (outputs, inputs).
-        weight_scale: (1, 1) for one scale, or (outputs, 1); float16 or float32.
+        weight_scale: (groups, outputs), float32: one scale per output for each of the equal parts of the inputs.
         bias: (outputs,) or none.
         bits: bits of the input's symmetric grid.
         full_range: whether that grid is XTC's, with one more negative code.
@@ -56,10 +58,36 @@ def integer_linear(
     rows = x.reshape(-1, x.shape[-1]).float()
     if clip is not None:
         rows = rows.clamp(-clip, clip)
-    scale = symmetric_scale(token_magnitudes(rows) if largest is None else largest.float(), bits, full_range)
-    sums = multiply_codes(symmetric_codes(rows, scale, bits, full_range).to(torch.int8), codes)
-    output = _rescale(sums, scale, weight_scale.float(), bias)
+    input_codes, input_scale = _quantize_tokens(rows, bits, full_range, largest)
+    output = _sum_groups(input_codes, input_scale, codes, weight_scale)
+    if bias is not None:
+        output.add_(bias.float())
     return output.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+def _quantize_tokens(
+    rows: torch.Tensor, bits: int, full_range: bool, largest: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes, and scales (rows, 1) that are NaN where a token has no meaningful codes."""
+    if largest is None:
+        largest = token_magnitudes(rows)
+        codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
+    else:
+        largest = largest.float().expand(len(rows), 1)
+        codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
+        largest = largest + codes.sum(dim=1, keepdim=True)  # not a number if one of them is not
+    return codes.to(torch.int8), scale.masked_fill(~largest.isfinite(), torch.nan)
+
+
+def _sum_groups(
+    input_codes: torch.Tensor, input_scale: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    groups = len(weight_scale)
+    parts = zip(input_codes.chunk(groups, dim=1), codes.chunk(groups, dim=1), weight_scale, strict=True)
+    outputs = [multiply_codes(x, weight).mul_(input_scale).mul_(scale) for x, weight, scale in parts]
+    for part in outputs[1:]:
+        outputs[0].add_(part)
+    return outputs[0]
 
 
 def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -82,28 +110,17 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return x.float() @ codes.t().float()
 
 
-def _rescale(
-    sums: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    if weight_scale.shape[0] == 1:
-        scale = scale * weight_scale
-    else:
-        sums.mul_(weight_scale.view(1, -1))
-    if bias is None:
-        return sums.mul_(scale)
-    return torch.addcmul(bias.float(), sums, scale, out=sums)
-
-
 def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor) -> None:
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise FiftyfoldError(f"weight codes must be an int8 matrix, not {codes.dtype} of shape {tuple(codes.shape)}.")
     outputs, inputs = codes.shape
     if x.dim() < 1 or x.shape[-1] != inputs:
         raise FiftyfoldError(f"the input has shape {tuple(x.shape)}, but the layer takes {inputs} features.")
-    if tuple(weight_scale.shape) not in {(1, 1), (outputs, 1)}:
+    groups = weight_scale.shape[0] if weight_scale.dim() == 2 else 0
+    if not groups or weight_scale.shape[1] != outputs or inputs % groups:
         raise FiftyfoldError(
-            f"weight scales must have shape (1, 1) or ({outputs}, 1), not {tuple(weight_scale.shape)}; "
-            "scales per group have no integer path."
+            f"weight scales must have shape (groups, {outputs}), with groups that divide {inputs}, "
+            f"not {tuple(weight_scale.shape)}."
         )
     if inputs > LARGEST_INPUTS:
         raise FiftyfoldError(f"{inputs} inputs are more than the {LARGEST_INPUTS} whose products int32 can sum.")

@@ -19,12 +19,12 @@ def layer(bits=1, granularity="per_tensor", outputs=24, inputs=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator)
     codes, scale = quantize_weight(weight, WeightSettings(bits, granularity))
-    return codes, scale, torch.randn(outputs, generator=generator)
+    return codes, scale.float().expand(outputs, 1).t(), torch.randn(outputs, generator=generator)
 
 
 def assert_like_fake_quantized(x, codes, scale, bias, how):
     limits = {"low": torch.tensor(-2.0), "high": torch.tensor(1.5)} if how.range == "static" else {}
-    weight = dequantize_weight(codes, scale)
+    weight = dequantize_weight(codes, scale.t())
     quantized = fake_quantize_activation(x, how, **limits)
     expected = F.linear(quantized.float(), weight, bias)
     largest = torch.tensor(2.0) if limits else None
@@ -132,8 +132,8 @@ def test_what_does_not_fit_is_refused():
     codes, scale, _ = layer()
     with pytest.raises(FiftyfoldError, match="takes 40 features"):
         integer_linear(torch.ones(2, 41), codes, scale)
-    with pytest.raises(FiftyfoldError, match="scales per group"):
-        integer_linear(torch.ones(2, 40), codes, torch.ones(24, 4))
+    with pytest.raises(FiftyfoldError, match=r"shape \(groups, 24\)"):
+        integer_linear(torch.ones(2, 40), codes, torch.ones(24, 1))
     with pytest.raises(FiftyfoldError, match="int8 matrix"):
         integer_linear(torch.ones(2, 40), codes.float(), scale)
     with pytest.raises(FiftyfoldError, match="int32"):

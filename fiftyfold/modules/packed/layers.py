@@ -5,7 +5,8 @@ its bias, and is for inference. Its ``weight`` is a one-dimensional uint8 parame
 whoever loads the file without fiftyfold gets an error and not a model of random weights.
 
 On the reference path (see :mod:`fiftyfold.kernels.path`) the outputs equal those of the layer that was trained, bit for
-bit. On the integer path they differ by rounding in float32 alone, see :func:`fiftyfold.kernels.linear.integer_linear`.
+bit. On the integer path they differ by rounding in float32 alone, see
+:func:`fiftyfold.kernels.operators.packed_linear`.
 Where gradients are asked for, a layer takes the reference path.
 """
 
@@ -18,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fiftyfold.kernels.linear import LARGEST_INPUTS, integer_linear
-from fiftyfold.kernels.packing import packed_bytes, unpack_codes, unpack_rows
+from fiftyfold.kernels.linear import LARGEST_INPUTS
+from fiftyfold.kernels.operators import arrange_weight, packed_embedding, packed_linear
+from fiftyfold.kernels.packing import packed_bytes, unpack_codes
 from fiftyfold.kernels.path import current_path
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS
 from fiftyfold.modules.quantization.quantizers import (
@@ -56,6 +58,7 @@ class PackedLayer(nn.Module):
         self.columns = columns
         self.settings = settings
         self._codes: torch.Tensor | None = None
+        self._arranged: tuple[torch.Tensor, torch.Tensor] | None = None
         content = torch.empty(packed_bytes(rows * columns, settings.weight.bits), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(content, requires_grad=False)
         scales = scale_shape((rows, columns), settings.weight)
@@ -72,9 +75,19 @@ class PackedLayer(nn.Module):
             FiftyfoldError: if the bytes are none that packing writes.
         """
         if self._codes is None:
-            codes = unpack_codes(self.weight, self.settings.weight.bits, self.rows * self.columns)
-            self._codes = codes.view(self.rows, self.columns)
+            self._codes = self._unpack()
         return self._codes
+
+    def arranged(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight and its scales as this device's kernels read them; kept for the next call.
+
+        Raises:
+            FiftyfoldError: if the bytes are none that packing writes.
+        """
+        if self._arranged is None:
+            codes = self._unpack() if self._codes is None else self._codes
+            self._arranged = arrange_weight(codes, self.weight_scale, self.settings.weight.bits)
+        return self._arranged
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the bits stand for, (rows, columns)."""
@@ -94,11 +107,15 @@ class PackedLayer(nn.Module):
         return f"{self.columns}, {self.rows}, weight={self.settings.weight}, activation={self.settings.activation}"
 
     def forget_codes(self) -> None:
-        """Drop what :meth:`codes` kept."""
-        self._codes = None
+        """Drop what :meth:`codes` and :meth:`arranged` kept."""
+        self._codes = self._arranged = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_codes": None}
+        return {**self.__dict__, "_codes": None, "_arranged": None}
+
+    def _unpack(self) -> torch.Tensor:
+        codes = unpack_codes(self.weight, self.settings.weight.bits, self.rows * self.columns)
+        return codes.view(self.rows, self.columns)
 
     def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> list[torch.Tensor]:
         """Return the observed range; a layer that observed nothing takes that of ``x``, as it does untrained."""
@@ -158,7 +175,7 @@ class PackedLinear(PackedLayer):
         return F.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
 
     def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
-        if current_path() == "reference" or self.settings.weight.granularity == "per_group" or not settings.symmetric:
+        if current_path() == "reference" or not settings.symmetric:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
@@ -169,12 +186,14 @@ class PackedLinear(PackedLayer):
         if settings.range == "static":
             low, high = self._static_range(x, settings)
             largest = torch.maximum(low.abs(), high.abs())
-        return integer_linear(
+        weight, scale = self.arranged()
+        return packed_linear(
             x,
-            self.codes(),
-            self.weight_scale,
+            weight,
+            scale,
             self.bias,
-            bits=settings.bits,
+            bits=self.settings.weight.bits,
+            activation_bits=settings.bits,
             full_range=settings.full_range,
             clip=settings.clip,
             largest=largest,
@@ -225,7 +244,11 @@ class PackedEmbedding(PackedLayer):
         Raises:
             IndexError: if a number is not that of a row.
         """
-        rows = tokens.reshape(-1)
-        codes = unpack_rows(self.weight, self.settings.weight.bits, rows, self.columns)
-        values = dequantize_weight(codes, self.weight_scale[rows], self.output_type.dtype)
-        return values.view(*tokens.shape, self.columns)
+        return packed_embedding(
+            tokens,
+            self.weight,
+            self.weight_scale,
+            bits=self.settings.weight.bits,
+            columns=self.columns,
+            dtype=self.output_type.dtype,
+        )
