@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.quantization.targets import find_targets
+from fiftyfold.modules.task_module import TaskModule
 
 PICTURE_FILE = "fiftyfold_report.png"
 
@@ -46,23 +48,10 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
     """
     claim_output(folder)
     quiet_lightning()
-    lightning.seed_everything(recipe.seed, verbose=False)
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
-    data = build_data(recipe)
+    data = _prepare(recipe)
     module = build_module(recipe)
     check_input(recipe, module, data)
-    work = folder.with_name(folder.name + ".work")
-    with work_folder(work, recipe.to_json()) as resume_from:
-        train(
-            module,
-            data,
-            epochs=recipe.epochs,
-            work=work,
-            callbacks=build_callbacks(recipe),
-            checks_per_epoch=recipe.checks_per_epoch,
-            resume_from=resume_from,
-        )
-        torch.set_float32_matmul_precision("highest")
+    with _trained(recipe, module, data, folder, build_callbacks(recipe)) as work:
         return deliver(recipe, module, data, aside=work / "packed", folder=folder, extra_rows=extra_rows)
 
 
@@ -77,24 +66,12 @@ def fine_tune(recipe: Recipe, folder: Path, callbacks: tuple[Callback, ...] = ()
     Returns:
         The module, with the weights of the best development score.
     """
-    lightning.seed_everything(recipe.seed, verbose=False)
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
-    data = build_data(recipe)
+    data = _prepare(recipe)
     module = FineTuningModule(
         recipe.teacher, num_labels=data.num_labels, optimizer=_optimizer(recipe), warmup=recipe.warmup
     )
-    work = folder.with_name(folder.name + ".work")
-    with work_folder(work, recipe.to_json()) as resume_from:
-        train(
-            module,
-            data,
-            epochs=recipe.epochs,
-            work=work,
-            callbacks=callbacks,
-            checks_per_epoch=recipe.checks_per_epoch,
-            resume_from=resume_from,
-        )
-    torch.set_float32_matmul_precision("highest")
+    with _trained(recipe, module, data, folder, callbacks):
+        pass
     return module
 
 
@@ -227,6 +204,33 @@ def weights_bytes(source: str) -> int:
         folder = Path(cached_file(source, "config.json")).parent
     files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files)
+
+
+def _prepare(recipe: Recipe) -> GLUEDataModule:
+    """Seed this process and build the data, in this order."""
+    lightning.seed_everything(recipe.seed, verbose=False)
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
+    return build_data(recipe)
+
+
+@contextmanager
+def _trained(
+    recipe: Recipe, module: TaskModule, data: GLUEDataModule, folder: Path, callbacks: tuple[Callback, ...]
+) -> Iterator[Path]:
+    """Train ``module`` beside ``folder``, and keep the work folder until the block has ended well."""
+    work = folder.with_name(folder.name + ".work")
+    with work_folder(work, recipe.to_json()) as resume_from:
+        train(
+            module,
+            data,
+            epochs=recipe.epochs,
+            work=work,
+            callbacks=callbacks,
+            checks_per_epoch=recipe.checks_per_epoch,
+            resume_from=resume_from,
+        )
+        torch.set_float32_matmul_precision("highest")
+        yield work
 
 
 def _optimizer(recipe: Recipe) -> Callable[[Any], torch.optim.Optimizer]:
