@@ -1,0 +1,23 @@
+"""Making the Triton kernels the backend of CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from fiftyfold.kernels.backends import Backend
+from fiftyfold.kernels.triton.embedding import packed_embedding
+from fiftyfold.kernels.triton.linear import packed_linear
+from fiftyfold.kernels.triton.planes import to_planes
+
+BACKEND: Backend
+
+
+def arrange(codes: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
+    """Return binary or ternary codes in planes, flat; with scales per group, the codes as they are.
+
+    Groups are multiplied by torch's own operations, since their sums must be rescaled one by one.
+    """
+    return codes if groups > 1 else to_planes(codes, bits).flatten()
+
+
+BACKEND = Backend(arrange=arrange, linear=packed_linear, embedding=packed_embedding)
