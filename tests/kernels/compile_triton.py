@@ -57,7 +57,7 @@ KERNELS = [
             {**PRODUCT, "BITS": bits, "TOKENS": tokens, "OUTPUTS": outputs, "BYTES": 32 * bits},
         )
         for bits in (1, 2)
-        for tokens, outputs in ((16, 64), (32, 64), (64, 128), (128, 128))
+        for tokens, outputs in ((16, 64), (128, 128))
     ),
     ("finish", linear._finish_kernel, {}, {**PRODUCT, "BITS": 2, "SPLIT": 4, "OUTPUTS": 256}),
 ]

@@ -1,4 +1,4 @@
-"""Quantization of activations on a GPU, one token a program: bit for bit what :mod:`fiftyfold.kernels.activations` does.
+"""Quantization of activations on a GPU, a token a program: bit for bit what :mod:`fiftyfold.kernels.activations` does.
 
 Two things need care. ``tl.max`` swallows NaN, so the largest magnitude is searched among the bit patterns, which are
 ordered as the magnitudes are, with NaN above all. And ``/`` is approximate on a GPU; ``tl.div_rn`` is not.
@@ -61,7 +61,7 @@ def token_scale(
 
 @triton.jit
 def token_codes(values: tl.tensor, scale: tl.tensor, lowest: tl.tensor, highest: tl.tensor) -> tl.tensor:
-    """Return codes, as floats: rounded half to even and clamped to the grid. Clamping first keeps the rounding exact."""
+    """Return codes, as floats: clamped to the grid, which keeps the rounding exact, and rounded half to even."""
     quotient = tl.div_rn(values, scale)
     quotient = tl.where(quotient < lowest, lowest, quotient)
     quotient = tl.where(quotient > highest, highest, quotient)

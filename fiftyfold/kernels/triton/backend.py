@@ -1,4 +1,4 @@
-"""Making the Triton kernels the backend of CUDA."""
+"""The Triton kernels as the backend of a device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from fiftyfold.kernels.backends import Backend
 from fiftyfold.kernels.triton.embedding import packed_embedding
 from fiftyfold.kernels.triton.linear import packed_linear
 from fiftyfold.kernels.triton.planes import to_planes
-
-BACKEND: Backend
 
 
 def arrange(codes: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
@@ -21,3 +19,4 @@ def arrange(codes: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
 
 
 BACKEND = Backend(arrange=arrange, linear=packed_linear, embedding=packed_embedding)
+"""What :func:`fiftyfold.kernels.triton.find_backend` finds."""

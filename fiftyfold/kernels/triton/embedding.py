@@ -67,7 +67,8 @@ def packed_embedding(
     if y.numel():
         torch._assert_async(((tokens >= 0) & (tokens < len(scale))).all())
         grid = (tokens.numel(), triton.cdiv(columns, _CHUNK))
-        _embedding_kernel[grid](
-            tokens.contiguous(), packed, scale, y, columns, packed.numel(), BITS=bits, CHUNK=_CHUNK, num_warps=2
-        )
+        with torch.cuda.device_of(packed):
+            _embedding_kernel[grid](
+                tokens.contiguous(), packed, scale, y, columns, packed.numel(), BITS=bits, CHUNK=_CHUNK, num_warps=2
+            )
     return y

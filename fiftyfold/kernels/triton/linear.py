@@ -132,9 +132,7 @@ def _matrix_kernel(
     lines = token.to(tl.int64) * blocks * _BLOCK
     total = tl.zeros((OUTPUTS, TOKENS), tl.int32)
     for block in range(part, blocks, SPLIT):
-        weights = tl.load(
-            packed + (rows[:, None] + block) * BYTES + byte[None, :], mask=inside[:, None], other=0
-        )
+        weights = tl.load(packed + (rows[:, None] + block) * BYTES + byte[None, :], mask=inside[:, None], other=0)
         for plane in tl.static_range(8 // BITS):
             place = lines[:, None] + block * _BLOCK + plane * BYTES + byte[None, :]
             values = tl.load(codes + place, mask=present[:, None], other=0)
@@ -209,9 +207,10 @@ def packed_linear(
         (…, outputs), of the type of ``x``.
     """
     rows = x.reshape(-1, x.shape[-1])
-    quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
     planes = weight.view(scale.shape[1], -1)
-    y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
+    with torch.cuda.device_of(x):
+        quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
+        y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
     return y.view(*x.shape[:-1], scale.shape[1])
 
 

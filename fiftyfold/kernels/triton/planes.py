@@ -60,4 +60,5 @@ def from_planes(packed: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     blocks = packed.view(len(packed), -1, 1, block_bytes(bits))
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1)
     stored = ((blocks >> shifts) & (2**bits - 1)).view(len(packed), -1)[:, :inputs].to(torch.int8)
-    return stored * 2 - 1 if bits == 1 else stored - 1
+    codes: torch.Tensor = stored * 2 - 1 if bits == 1 else stored - 1
+    return codes
