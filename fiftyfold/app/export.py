@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from fiftyfold.app.training import claim_output
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import DistillationModule, FineTuningModule
+from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 from fiftyfold.modules import export as export_folder
 from fiftyfold.modules.packed.export import written_aside
 from fiftyfold.modules.quantization.layers import quantized_layers
@@ -43,7 +43,7 @@ def export(
     """
     claim_output(Path(output))
     hyperparameters = _hyperparameters(Path(checkpoint))
-    kind: type[TaskModule] = DistillationModule if "teacher" in hyperparameters else FineTuningModule
+    kind = _module_class(hyperparameters)
     moved = {"teacher": teacher, "student": student, "model": model}
     moved = {name: place for name, place in moved.items() if place is not None}
     if strange := sorted(moved.keys() - hyperparameters.keys()):
@@ -69,6 +69,13 @@ def export(
         print(f"{output}: a plain folder of transformers in {rest_dtype}, since nothing is quantized")
 
 
+def _module_class(hyperparameters: dict[str, Any]) -> type[TaskModule]:
+    """Tell our modules apart by what only they take: language models have an objective, students a teacher."""
+    if "objective" in hyperparameters:
+        return HealingModule if "teacher" in hyperparameters else LanguageModelingModule
+    return DistillationModule if "teacher" in hyperparameters else FineTuningModule
+
+
 def _hyperparameters(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FiftyfoldError(f"there is no checkpoint at {path}.")
@@ -80,7 +87,7 @@ def _hyperparameters(path: Path) -> dict[str, Any]:
     found = content.get("hyper_parameters") if own else None
     if not isinstance(found, dict) or not isinstance(found.get("teacher", found.get("model")), str):
         raise FiftyfoldError(
-            f"{path} is not a checkpoint of DistillationModule or FineTuningModule; for another module, load it with "
+            f"{path} is not a checkpoint of one of fiftyfold's modules; for another module, load it with "
             "fiftyfold.modules.load_from_checkpoint and call fiftyfold.export on its model."
         )
     return found

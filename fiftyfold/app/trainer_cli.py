@@ -12,8 +12,8 @@ from typing_extensions import override
 
 # Imported so that recipes can name these classes without their modules.
 from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining, RandomStates
-from fiftyfold.datamodules import GLUEDataModule
-from fiftyfold.modules import DistillationModule, FineTuningModule
+from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
+from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 
 RECIPES = Path(__file__).parents[1] / "configs"
 """The recipes that are shipped with the package."""
@@ -22,6 +22,9 @@ ADDRESSABLE = (
     DistillationModule,
     FineTuningModule,
     GLUEDataModule,
+    HealingModule,
+    LanguageModelingDataModule,
+    LanguageModelingModule,
     LayerPruning,
     LayerReduction,
     QuantizationAwareTraining,

@@ -80,11 +80,11 @@ class GLUEDataModule(LightningDataModule):
         super().__init__()
         self.task = get_task(task)
         self.data = data
-        self.batch_size = _at_least_one("batch_size", batch_size)
-        self.eval_batch_size = _at_least_one("eval_batch_size", eval_batch_size)
-        self.max_length = self.task.max_length if max_length is None else _at_least_one("max_length", max_length)
+        self.batch_size = at_least_one("batch_size", batch_size)
+        self.eval_batch_size = at_least_one("eval_batch_size", eval_batch_size)
+        self.max_length = self.task.max_length if max_length is None else at_least_one("max_length", max_length)
         self.num_workers = num_workers
-        self.limit_train = _at_least_one("limit_train", limit_train) if limit_train is not None else None
+        self.limit_train = at_least_one("limit_train", limit_train) if limit_train is not None else None
         self.augmented = augmented
         self.group_by_length = group_by_length
         self.seed = seed
@@ -106,7 +106,7 @@ class GLUEDataModule(LightningDataModule):
             FiftyfoldError: if the folder or hub id gives no tokenizer.
         """
         if isinstance(self._tokenizer, str):
-            self._tokenizer = _load_tokenizer(self._tokenizer)
+            self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
     def prepare_data(self) -> None:
@@ -275,13 +275,23 @@ def _same_every_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
     return batches
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
+    """Return ``value``.
+
+    Raises:
+        FiftyfoldError: if it is below 1.
+    """
     if value < 1:
         raise FiftyfoldError(f"{name} is {value}, but must be at least 1.")
     return value
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub id, with a padding token.
+
+    Raises:
+        FiftyfoldError: if there is none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

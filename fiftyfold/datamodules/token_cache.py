@@ -93,11 +93,31 @@ def cached_tokens(
         "split": split,
         "max_length": max_length,
     }
+
+    def build() -> datasets.Dataset:
+        return tokenize(read(), tokenizer, max_length=max_length, description=f"Tokenizing {task} {split}")
+
+    return cached_dataset(build, key, name=f"{task}-{split}", cache_folder=cache_folder)
+
+
+def cached_dataset(
+    build: Callable[[], datasets.Dataset], key: dict[str, Any], *, name: str, cache_folder: Path
+) -> datasets.Dataset:
+    """Return what ``build`` makes, from the cache if the same was made before.
+
+    Args:
+        build: makes the entry.
+        key: all that decides what ``build`` makes, as JSON values.
+        name: what the entry's name begins with.
+        cache_folder: the cache.
+
+    Raises:
+        FiftyfoldError: if the cache cannot be written, or if its entry cannot be read.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    entry = cache_folder / f"{task}-{split}-{digest}"
+    entry = cache_folder / f"{name}-{digest}"
     if not entry.is_dir():
-        tokens = tokenize(read(), tokenizer, max_length=max_length, description=f"Tokenizing {task} {split}")
-        _store(tokens, entry)
+        _store(build(), entry)
     try:
         return datasets.load_from_disk(str(entry))
     except (OSError, ValueError) as error:

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from fiftyfold.modules.checkpoint import load_from_checkpoint
     from fiftyfold.modules.distillation import DistillationModule
     from fiftyfold.modules.fine_tuning import FineTuningModule
+    from fiftyfold.modules.healing import heal
+    from fiftyfold.modules.healing_module import HealingModule
     from fiftyfold.modules.packed.export import export
     from fiftyfold.modules.packed.load import load
+    from fiftyfold.modules.text_module import LanguageModelingModule
 
 _HOMES = {
     "DistillationModule": "distillation",
     "FineTuningModule": "fine_tuning",
+    "HealingModule": "healing_module",
+    "LanguageModelingModule": "text_module",
     "export": "packed.export",
+    "heal": "healing",
     "load": "packed.load",
     "load_from_checkpoint": "checkpoint",
 }
@@ -31,7 +37,10 @@ _HOMES = {
 __all__ = [
     "DistillationModule",
     "FineTuningModule",
+    "HealingModule",
+    "LanguageModelingModule",
     "export",
+    "heal",
     "load",
     "load_from_checkpoint",
     "prune_layers",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.packed.layers import PackedLayer
-from fiftyfold.modules.packed.plugin import FiftyfoldQuantizer
 from fiftyfold.modules.packed.trainable import make_trainable
+from fiftyfold.modules.pretrained import has_packed_layers, open_pretrained
 from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
 
@@ -73,7 +69,7 @@ def load_student(source: str, role: str, num_labels: int | None = None) -> PreTr
         FiftyfoldError: if there is no such model, it cannot be read, or its backbone lacks weights.
     """
     model = load_classifier(source, role, num_labels)
-    if _has_packed_layers(model):
+    if has_packed_layers(model):
         make_trainable(model)
     # from_pretrained returns a model in eval mode, and Lightning keeps the mode that it finds.
     return model.requires_grad_(True).float().train()
@@ -106,29 +102,17 @@ def load_classifier(source: str, role: str, num_labels: int | None = None) -> Pr
 
 
 def _load_classifier(source: str, role: str, num_labels: int | None, *, complete: bool) -> PreTrainedModel:
-    local = Path(source).expanduser()
-    if not local.exists() and (local.is_absolute() or source.startswith((".", "~"))):
-        raise FiftyfoldError(f"the {role} {source!r} is not there; name the folder where it is now ({role}=...).")
-    place = str(local) if local.is_dir() else source
-    try:
-        config = AutoConfig.from_pretrained(place)
+    def adapt(config: PretrainedConfig) -> bool:
         other_head = num_labels is not None and num_labels != config.num_labels
         if other_head:
             config.num_labels = num_labels
         if num_labels == 1:
             config.problem_type = "regression"
-        # A head of another size is made anew. Only then may shapes differ: elsewhere a difference means a damaged or
-        # packed file, which must not come up as random weights.
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            place, config=config, ignore_mismatched_sizes=other_head, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FiftyfoldError(
-            f"the {role} {source!r} cannot be loaded as a transformers classifier ({reason}); give a folder that "
-            "save_pretrained wrote, or a hub id."
-        ) from error
-    missing = sorted(loading["missing_keys"])
+        return other_head
+
+    model, missing = open_pretrained(
+        AutoModelForSequenceClassification, source, role=role, kind="classifier", adapt=adapt
+    )
     if lost := [name for name in missing if _in_backbone(name, model)]:
         raise FiftyfoldError(
             f"the {role} {source!r} lacks {len(lost)} weights of its backbone, such as {lost[0]!r}; copy or save it "
@@ -139,14 +123,7 @@ def _load_classifier(source: str, role: str, num_labels: int | None, *, complete
             f"the {role} {source!r} was not fine-tuned as a classifier: it has no weights for {missing[0]!r}; "
             "fine-tune it first (FineTuningModule)."
         )
-    if isinstance(getattr(model, "hf_quantizer", None), FiftyfoldQuantizer) and not _has_packed_layers(model):
-        # An export of a model that nothing had quantized; transformers would not change its dtype.
-        make_trainable(model)
     return model
-
-
-def _has_packed_layers(model: PreTrainedModel) -> bool:
-    return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
 def _in_backbone(name: str, model: PreTrainedModel) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class Observation:
 
 def observe(
     model: PreTrainedModel,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Any],
     stack: str,
     hidden: Collection[int] | None,
     attention: Collection[int] | None,
@@ -89,7 +89,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(
-        self, inputs: dict[str, Tensor], *, hidden: Collection[int] = (), attention: Collection[int] = ()
+        self, inputs: Mapping[str, Any], *, hidden: Collection[int] = (), attention: Collection[int] = ()
     ) -> Observation:
         """Run the teacher without gradients, on the device of its inputs.
 

@@ -1,0 +1,292 @@
+"""LanguageModelingDataModule: text for causal and masked language models, as packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerBase
+
+from fiftyfold.datamodules.glue import at_least_one, load_tokenizer
+from fiftyfold.datamodules.packed_text import (
+    MaskingCollator,
+    PackedSequences,
+    Tokens,
+    causal_batch,
+    join_documents,
+    tokenize_documents,
+)
+from fiftyfold.datamodules.stateful_loader import (
+    Batch,
+    StatefulLoader,
+    plan_evaluation_batches,
+    plan_training_batches,
+)
+from fiftyfold.datamodules.text_files import find_sources
+from fiftyfold.datamodules.token_cache import default_cache_folder
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.pretrained import Objective
+
+LONGEST_DEFAULT = 512
+"""Length of a sequence where none is named, if the tokenizer's model reads as much."""
+
+HELD_OUT_SHARE = 0.05
+"""Share of the training text that is validated on where the data have no validation set."""
+
+
+class LanguageModelingDataModule(LightningDataModule):
+    """Text as packed sequences of one length.
+
+    The documents are joined into one row of tokens, with a mark between them, and cut into sequences without padding.
+    Batches are dictionaries of ``input_ids`` and ``labels``, both [batch, sequence_length]: for a causal model the same
+    tokens, for a masked one -100 where nothing is hidden. Training batches come in an order fixed by seed and epoch (so
+    do the masks), and a training resumes in mid-epoch at the next batch.
+
+    ``validate`` reads the validation set, or the last 5 % of the training text where there is none; ``test`` reads the
+    test set, or else what ``validate`` reads.
+
+    Args:
+        tokenizer: a folder or a hub id, or a tokenizer.
+        data: a text file, a folder with train, valid and test files (``.txt``, ``.jsonl``, ``.json`` with one object a
+            line, ``.parquet``), or a hub id, with its configuration after a colon.
+        objective: ``"causal"`` (predict the next token) or ``"masked"`` (fill in hidden ones).
+        sequence_length: tokens a sequence, special ones included; by default what the tokenizer's model reads, at most
+            512.
+        document_separator: what stands between two documents of a ``.txt`` file; a file without it is one document.
+        text_column: where JSON objects, parquet files and the hub's sets have their text.
+        batch_size: training sequences per batch and process.
+        eval_batch_size: sequences per batch elsewhere.
+        mask_share: share of the tokens that are hidden, for ``"masked"``.
+        limit_train: train on so many sequences only, chosen by the seed.
+        num_workers: processes that prepare batches in advance.
+        seed: fixes the order of the training sequences, and the masks.
+        cache_dir: where tokens are kept; None gives ``~/.cache/fiftyfold``.
+
+    Raises:
+        FiftyfoldError: if an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase,
+        data: str,
+        *,
+        objective: Objective = "causal",
+        sequence_length: int | None = None,
+        document_separator: str = "<|endoftext|>",
+        text_column: str = "text",
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        mask_share: float = 0.15,
+        limit_train: int | None = None,
+        num_workers: int = 0,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < mask_share < 1:
+            raise FiftyfoldError(f"mask_share is a share of the tokens, above 0 and below 1, not {mask_share}.")
+        self.data = data
+        self.objective: Objective = objective
+        self.batch_size = at_least_one("batch_size", batch_size)
+        self.eval_batch_size = at_least_one("eval_batch_size", eval_batch_size)
+        self.limit_train = None if limit_train is None else at_least_one("limit_train", limit_train)
+        self.document_separator = document_separator
+        self.text_column = text_column
+        self.mask_share = mask_share
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_folder = Path(cache_dir) if cache_dir else default_cache_folder()
+        self._tokenizer = tokenizer
+        self._sequence_length = None if sequence_length is None else at_least_one("sequence_length", sequence_length)
+        self._documents: dict[str, list[Tokens]] = {}
+        self._sequences: dict[str, PackedSequences] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            FiftyfoldError: if the folder or hub id gives none, or it has no mask token and the objective needs one.
+        """
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
+        if self.objective == "masked" and self._tokenizer.mask_token_id is None:
+            raise FiftyfoldError("the tokenizer has no mask token; for a causal model say objective='causal'.")
+        return self._tokenizer
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens a sequence."""
+        if self._sequence_length is not None:
+            return self._sequence_length
+        return min(LONGEST_DEFAULT, int(self.tokenizer.model_max_length))
+
+    def documents(self, split: str) -> list[torch.Tensor]:
+        """Return the documents of ``train``, ``validation`` or ``test``, tokens without special ones, [tokens] each.
+
+        Raises:
+            FiftyfoldError: if the data have no such split, or it holds no text.
+        """
+        return [torch.from_numpy(document.astype(np.int64)) for document in self._tokens(split)]
+
+    def row(self, split: str) -> torch.Tensor:
+        """Return a split as one row of tokens, [tokens], with a mark between documents.
+
+        Raises:
+            FiftyfoldError: if the data have no such split, or it holds no text.
+        """
+        return torch.from_numpy(join_documents(self._tokens(split), self.tokenizer, self.objective).astype(np.int64))
+
+    def prepare_data(self) -> None:
+        """Read and tokenise, into the cache. Runs in one process per machine."""
+        self.setup(self.trainer.state.fn.value if self.trainer and self.trainer.state.fn else "fit")
+
+    def setup(self, stage: str) -> None:
+        """Load what a stage needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            FiftyfoldError: if there is no text, or less than one sequence.
+        """
+        if self._sequences:
+            return
+        sources = self._sources()
+        if "validation" in sources:
+            self._sequences["validation"] = self._pack("validation")
+        if "test" in sources and stage != "fit":
+            self._sequences["test"] = self._pack("test")
+        if "train" in sources and (stage == "fit" or not self._sequences):
+            self._sequences["train"] = self._pack("train")
+            if "validation" not in sources:
+                self._hold_out()
+            if self.limit_train is not None and self.limit_train < len(self._sequences["train"]):
+                self._limit()
+        if stage == "fit" and "train" not in self._sequences:
+            raise FiftyfoldError(f"{self.data} has no training text; add a file train.txt.")
+
+    def train_dataloader(self) -> StatefulLoader:
+        """Return the loader of the training text."""
+        sequences = self._sequences["train"]
+        plan = partial(
+            _plan_epoch,
+            examples=len(sequences),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=not (self.trainer and self.trainer.overfit_batches > 0),
+            **self._place(),
+        )
+        signature: dict[str, int | bool] = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "examples": len(sequences),
+            "processes": self._place()["world_size"],
+        }
+        return self._loader(sequences, plan, signature)
+
+    def val_dataloader(self) -> StatefulLoader:
+        """Return the loader of the validation text."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> StatefulLoader:
+        """Return the loader of the test text, or of the validation text where there is none."""
+        return self._evaluation_loader("test" if "test" in self._sequences else "validation")
+
+    def predict_dataloader(self) -> StatefulLoader:
+        """Return what :meth:`test_dataloader` returns."""
+        return self.test_dataloader()
+
+    def _sources(self) -> dict[str, Any]:
+        return find_sources(self.data, separator=self.document_separator, column=self.text_column)
+
+    def _tokens(self, split: str) -> list[Tokens]:
+        if split not in self._documents:
+            sources = self._sources()
+            if split not in sources:
+                raise FiftyfoldError(f"{self.data} has no {split} text, only {', '.join(sources)}.")
+            self._documents[split] = tokenize_documents(
+                sources[split], self.tokenizer, split=split, cache_folder=self.cache_folder
+            )
+        return self._documents[split]
+
+    def _pack(self, split: str) -> PackedSequences:
+        row = join_documents(self._tokens(split), self.tokenizer, self.objective)
+        prefix = [self.tokenizer.cls_token_id] if self.objective == "masked" else []
+        suffix = [self.tokenizer.sep_token_id] if self.objective == "masked" else []
+        sequences = PackedSequences(
+            row,
+            self.sequence_length,
+            [token for token in prefix if token is not None],
+            [token for token in suffix if token is not None],
+        )
+        if len(sequences) == 0:
+            raise FiftyfoldError(
+                f"the {split} text of {self.data} has {len(row)} tokens, less than one sequence of "
+                f"{self.sequence_length}; give more text or a smaller sequence_length."
+            )
+        return sequences
+
+    def _hold_out(self) -> None:
+        whole = self._sequences["train"]
+        kept = len(whole) - max(1, round(HELD_OUT_SHARE * len(whole)))
+        if kept < 1:
+            raise FiftyfoldError(f"{self.data} fills one sequence only and has no validation text; give more text.")
+        self._sequences |= {"train": whole.part(slice(0, kept)), "validation": whole.part(slice(kept, None))}
+
+    def _limit(self) -> None:
+        whole = self._sequences["train"]
+        chosen = np.random.default_rng(self.seed).permutation(len(whole))[: self.limit_train]
+        self._sequences["train"] = whole.part(np.sort(chosen))
+
+    def _evaluation_loader(self, split: str) -> StatefulLoader:
+        sequences, place = self._sequences[split], self._place()
+        if len(sequences) < place["world_size"]:
+            raise FiftyfoldError(
+                f"the {split} text fills {len(sequences)} sequences for {place['world_size']} processes; use fewer "
+                "devices."
+            )
+        batches = plan_evaluation_batches(
+            len(sequences), self.eval_batch_size, rank=place["rank"], world_size=place["world_size"]
+        )
+        return self._loader(sequences, partial(_same_every_epoch, batches), {})
+
+    def _loader(
+        self,
+        sequences: PackedSequences,
+        plan: Callable[[int], list[list[int]]],
+        signature: dict[str, int | bool],
+    ) -> StatefulLoader:
+        collate: Callable[[Any], Batch] = causal_batch
+        if self.objective == "masked":
+            collate = MaskingCollator(self.tokenizer, self.mask_share, self.seed)
+        return StatefulLoader(
+            sequences,
+            plan,
+            collate,
+            signature=signature,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _place(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+
+def _plan_epoch(epoch: int, examples: int, **arguments: Any) -> list[list[int]]:
+    batches = plan_training_batches(examples, epoch=epoch, **arguments)
+    # Beyond the last sequence an index means the same one in a later epoch: its mask is then another.
+    return [[epoch * examples + index for index in batch] for batch in batches]
+
+
+def _same_every_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
+    return batches
