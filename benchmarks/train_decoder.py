@@ -1,8 +1,8 @@
 """Trains a small LLaMA-like decoder on WikiText-2, for the studies of language models.
 
-5.5 million parameters and a byte-pair vocabulary of 4,096 of its own. The learning rate rises, stays, and falls over the
-last quarter, so that a run which has not begun to fall may be given another number of steps. An interrupted run goes on
-where it stopped. For example:
+5.5 million parameters and a byte-pair vocabulary of 4,096 of its own. The learning rate rises, stays, and falls over
+the last quarter, so that a run which has not begun to fall may be given another number of steps. An interrupted run
+goes on where it stopped. For example:
 
     python benchmarks/train_decoder.py --data WIKITEXT_FOLDER --output decoder --steps 2000
 """
@@ -156,7 +156,7 @@ def train(
             seconds = before + time.monotonic() - begin
             save(checkpoint, model, optimizer, done, seconds)
             scored = f"  valid {mean_loss(model, validation[:20_000]):.4f}" if done % (4 * SAVE_EVERY) == 0 else ""
-            print(f"step {done}  loss {float(loss):.4f}{scored}  {seconds:.0f} s", flush=True)
+            print(f"step {done}  loss {float(loss.detach()):.4f}{scored}  {seconds:.0f} s", flush=True)
     return model.eval(), before + time.monotonic() - begin
 
 

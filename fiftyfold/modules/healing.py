@@ -258,6 +258,8 @@ def heal(
     healer = Healer(student, FrozenTeacher(teacher), layers=layers, objective=objective)
     targets, weights, guard = sequences if labels is None else labels, loss or HealingLoss(), FiniteLossGuard()
     ends = stage_ends([phase for phase in (block_steps, steps) if phase], block_steps + steps)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise FiftyfoldError("nothing of the student trains: no parameter asks for gradients (requires_grad_).")
     optimizer = torch.optim.AdamW(decay_groups(student, weight_decay), lr=learning_rate, fused=True)
     student.train()
     losses = []

@@ -41,7 +41,7 @@ def test_another_modules_checkpoint_is_refused(
 ) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": hyperparameters}, place / "foreign.ckpt")
     assert main(["export", "foreign.ckpt", "out"]) == 1
-    assert "is not a checkpoint of DistillationModule or FineTuningModule" in capsys.readouterr().err
+    assert "is not a checkpoint of one of fiftyfold's modules" in capsys.readouterr().err
     assert not (place / "out").exists()
 
 
