@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -19,7 +22,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from fiftyfold.callbacks.moment import Moment
 from fiftyfold.callbacks.optimizer_groups import GroupNames, group_names, restore_groups
+from fiftyfold.callbacks.sharding import (
+    after_sharding,
+    before_sharding,
+    check_before_loading,
+    replay_checkpoint,
+    shards,
+)
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.checkpoint import SHARDED_LOGS_KEY
 from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import (
@@ -27,14 +38,15 @@ from fiftyfold.modules.structure import (
     apply_operation,
     check_order,
     compression_root,
+    encode_log,
     listen,
+    logs_by_part,
     replay,
     structure_log,
 )
 from fiftyfold.modules.surgery import parameter_checksum
 
 _NAMES_KEY = "fiftyfold_optimizer_names"
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class OperationCallback(Callback, ABC):
     operation: str
     """Kind of the operation, as the log names it."""
     changes_shapes: bool
-    """Whether parameters come or go, which sharded strategies cannot follow."""
+    """Whether parameters come or go, which strategies that shard can follow only before they shard."""
 
     def __init__(self) -> None:
         self._last_step: int | None = None
@@ -84,13 +96,22 @@ class OperationCallback(Callback, ABC):
         """
         return total
 
+    def prepare(self, root: nn.Module, trainer: Trainer) -> None:
+        """Do to ``root`` what cannot be done once it is sharded; doing it again changes nothing."""
+        done = _done(root)
+        for event in self.events:
+            if self.changes_shapes and event.name not in done:
+                operation = {**self.plan(event, root, trainer), "by": event.name}
+                apply_operation(root, operation)
+                rank_zero_info(f"Before sharding: {self.describe(operation, root)}")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module, and every averaged copy of it, take its structure from a checkpoint."""
-        if self.changes_shapes and isinstance(trainer.strategy, _SHARDED):
-            raise FiftyfoldError(
-                f"{type(self).__name__} cannot change a model that {type(trainer.strategy).__name__} has sharded; "
-                "change the model with the plain function before it is handed to the Trainer."
-            )
+        self._refuse_partners(trainer)
+        if shards(trainer.strategy):
+            self._refuse_late_events(trainer)
+            before_sharding(trainer, pl_module, lambda: _prepare_all(trainer, pl_module, stage))
+            check_before_loading(trainer, pl_module)
         if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "Lightning hands the weights back to the process that called fit, whose module is not compressed; "
@@ -98,6 +119,11 @@ class OperationCallback(Callback, ABC):
             )
         for module in (pl_module, *averaged_copies(trainer)):
             listen(module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Leave the module as other Trainers expect it."""
+        if shards(trainer.strategy):
+            after_sharding(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arrange the optimizers' parameters as in the run that saved the checkpoint, before their state loads."""
@@ -136,17 +162,43 @@ class OperationCallback(Callback, ABC):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the names of the optimizers' parameters beside the optimizers' states."""
         checkpoint[_NAMES_KEY] = [group_names(optimizer, pl_module) for optimizer in trainer.optimizers]
+        if shards(trainer.strategy):
+            checkpoint[SHARDED_LOGS_KEY] = {part: encode_log(log) for part, log in logs_by_part(pl_module).items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Take those names out again; they are used when the optimizers exist."""
-        # A checkpoint that is only tested says nothing about the fit that may follow.
-        if trainer.state.fn == TrainerFn.FITTING:
+        # A checkpoint that is only tested says nothing about the fit that may follow, and a sharded module has its
+        # optimizers' state already, whose parameters have not changed since they were configured.
+        if trainer.state.fn == TrainerFn.FITTING and not shards(trainer.strategy):
             self._names = checkpoint.get(_NAMES_KEY)
 
     def pending(self, root: nn.Module) -> list[tuple[int, Event]]:
         """Return the events that ``root`` has not had yet, each with its optimizer step."""
-        done = {operation.get("by") for operation in structure_log(root)}
+        done = _done(root)
         return [(step, event) for step, event in self._due if event.name not in done]
+
+    def _refuse_partners(self, trainer: Trainer) -> None:
+        mine = type(self).__name__
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelPruning):
+                raise FiftyfoldError(
+                    f"{mine} does not work beside {type(callback).__name__}, whose masks quantizers cannot keep and "
+                    "checkpoints leave out; prune in a run of its own, before this one."
+                )
+            if isinstance(callback, WeightAveraging) and shards(trainer.strategy):
+                raise FiftyfoldError(
+                    f"{type(callback).__name__} cannot average a model that {type(trainer.strategy).__name__} shards; "
+                    "leave it out, or train with strategy='ddp'."
+                )
+
+    def _refuse_late_events(self, trainer: Trainer) -> None:
+        late = next((event for event in self.events if self.changes_shapes and event.moment.amount > 0), None)
+        if late is not None:
+            raise FiftyfoldError(
+                f"{late.name} at {late.moment} would change a model that {type(trainer.strategy).__name__} has sharded "
+                "by then; let it happen at step 0, train with strategy='ddp', or change the model with the plain "
+                "function before the Trainer gets it."
+            )
 
     def _carry_out(self, event: Event, trainer: Trainer, pl_module: LightningModule) -> None:
         root = compression_root(pl_module)
@@ -155,9 +207,9 @@ class OperationCallback(Callback, ABC):
         apply_operation(root, operation, trainer.optimizers)
         for copy in averaged_copies(trainer):
             replay(compression_root(copy), structure_log(root))
-        if isinstance(trainer.strategy, DDPStrategy):
-            if _tensors(pl_module) != before:
-                _wrap_again(trainer.strategy)
+        if isinstance(trainer.strategy, DDPStrategy) and _tensors(pl_module) != before:
+            _wrap_again(trainer.strategy)
+        if trainer.world_size > 1:
             _compare_ranks(trainer, pl_module)
         rank_zero_info(f"Step {trainer.global_step}: {self.describe(operation, root)}")
 
@@ -183,6 +235,19 @@ def batch_mask(batch: Any) -> torch.Tensor | None:
     """Return the batch's attention mask, ``[batch, length]``, if it has one."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _done(root: nn.Module) -> set[str | None]:
+    return {operation.get("by") for operation in structure_log(root)}
+
+
+def _prepare_all(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Bring a module into the structure in which it is to be sharded."""
+    if trainer.ckpt_path is not None:
+        replay_checkpoint(trainer.ckpt_path, pl_module)
+    if stage == "fit":
+        for callback in operation_callbacks(trainer):
+            callback.prepare(compression_root(pl_module), trainer)
 
 
 def _refuse_impossible(callbacks: list[OperationCallback], root: nn.Module) -> None:
@@ -213,6 +278,12 @@ def _wrap_again(strategy: DDPStrategy) -> None:
 
 
 def _compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
-    sums = trainer.strategy.all_gather(parameter_checksum(pl_module))
+    """Refuse to go on with ranks that differ, in what each of them holds whole."""
+    logs = zlib.crc32(json.dumps(logs_by_part(pl_module), sort_keys=True).encode())
+    mine = torch.tensor([float(logs)], dtype=torch.float64, device=pl_module.device)
+    # FSDP shows a part of each parameter as if it were all of it.
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        mine = torch.cat([mine, parameter_checksum(pl_module).to(mine.device)])
+    sums = trainer.strategy.all_gather(mine)
     if not bool((sums == sums[0]).all()):
-        raise FiftyfoldError("the ranks' parameters differ after a compression; they must be equal before it.")
+        raise FiftyfoldError("the ranks' models differ after a compression; they must be equal before it.")

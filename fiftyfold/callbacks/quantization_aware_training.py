@@ -12,8 +12,9 @@ from torch import nn
 from fiftyfold.callbacks.moment import Moment, When
 from fiftyfold.callbacks.operation_callback import Event, OperationCallback, averaged_copies, operation_callbacks
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.layers import copy_ranges, is_eligible
-from fiftyfold.modules.quantization.quantize import QuantizeArguments, quantize_operation
+from fiftyfold.modules.quantization.layers import is_eligible
+from fiftyfold.modules.quantization.quantize import QuantizeArguments, install_quantizers, quantize_operation
+from fiftyfold.modules.quantization.ranges import copy_ranges, share_ranges
 from fiftyfold.modules.quantization.settings import ActivationRange, Granularity
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, compression_root
@@ -86,6 +87,10 @@ class QuantizationAwareTraining(OperationCallback):
         )
         return [Event(moment, f"QuantizationAwareTraining({bits}{how})") for moment, bits in self.weight_bits.items()]
 
+    def prepare(self, root: nn.Module, trainer: Trainer) -> None:  # noqa: ARG002
+        """Install the quantizers, which do nothing until their time comes."""
+        install_quantizers(root, **self._arguments(next(iter(self.weight_bits.values()))))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be done later: bits that rise, layers that do not exist or are claimed twice."""
         super().on_train_start(trainer, pl_module)
@@ -110,7 +115,12 @@ class QuantizationAwareTraining(OperationCallback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Hand the observed ranges to averaged copies, where averages would creep up from an empty range."""
+        """Share the observed ranges among the ranks, and hand them to averaged copies.
+
+        The average of a range would creep up from an empty one.
+        """
+        if trainer.world_size > 1 and self.arguments["activation_range"] == "static":
+            share_ranges(compression_root(pl_module), lambda tensor: trainer.strategy.reduce(tensor, reduce_op="max"))
         for copy in averaged_copies(trainer):
             copy_ranges(compression_root(pl_module), compression_root(copy))
 
@@ -130,8 +140,10 @@ class QuantizationAwareTraining(OperationCallback):
         return set(self._operation(root, next(iter(self.weight_bits.values())), 0)["targets"])
 
     def _operation(self, root: nn.Module, bits: int, step: int) -> Operation:
-        arguments: QuantizeArguments = {**self.arguments, "weight_bits": bits}
-        return quantize_operation(root, step=step, **arguments)
+        return quantize_operation(root, step=step, **self._arguments(bits))
+
+    def _arguments(self, bits: int) -> QuantizeArguments:
+        return {**self.arguments, "weight_bits": bits}
 
 
 def _plain(patterns: Targets) -> Targets:

@@ -1,13 +1,22 @@
-"""Loading a compressed checkpoint without a Trainer."""
+"""Compressed checkpoints without a Trainer: loading one, and reading what structure it has."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule
 
-from fiftyfold.modules.structure import replaying
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.structure import STATE_KEY, Operation, decode_log, replaying
+
+SHARDED_LOGS_KEY = "fiftyfold_structure"
+"""Where a checkpoint of a sharded module holds the logs, by part, beside the state dict."""
+
+_METADATA_FILE = "meta.pt"
+"""What Lightning puts beside the shards of a checkpoint: all but the tensors of model and optimizers."""
 
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -31,3 +40,40 @@ def load_from_checkpoint(module_class: type[_Module], path: str | Path, **kwargs
     """
     with replaying():
         return module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[no-any-return]
+
+
+def checkpoint_structure(path: str | Path) -> dict[str, list[Operation]]:
+    """Read the structure logs in a checkpoint, by the part of the module that carries each.
+
+    Args:
+        path: a checkpoint file, or the folder that a sharding strategy writes.
+
+    Returns:
+        One log for each compressed part; empty for a checkpoint of a module that nothing compressed.
+
+    Raises:
+        FiftyfoldError: if the checkpoint cannot be read, or a log in it is corrupt.
+    """
+    path = Path(path)
+    try:
+        file = path / _METADATA_FILE if path.is_dir() else path
+        # Mapped, so that only the logs are read and not the weights.
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if path.is_dir():
+            written = dict(checkpoint.get(SHARDED_LOGS_KEY, {}))
+        else:
+            state = checkpoint["state_dict"]
+            keys = [key for key in state if key.rpartition(".")[2] == STATE_KEY]
+            written = {key.removesuffix(STATE_KEY).rstrip("."): state[key] for key in keys}
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pickle.PickleError,
+    ) as error:
+        raise FiftyfoldError(f"the structure of the checkpoint {path} cannot be read ({error}).") from error
+    return {part: decode_log(log) for part, log in written.items()}

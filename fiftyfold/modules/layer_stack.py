@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.surgery import plain_name
 
 _COUNT = "num_hidden_layers"
-_COMPILED = "_orig_mod"
 
 
 def find_layer_stack(model: nn.Module) -> str:
@@ -23,7 +23,7 @@ def find_layer_stack(model: nn.Module) -> str:
     train go before frozen ones, so that a frozen teacher inside the same module is not taken for the student.
 
     Returns:
-        The list's name below ``model``, e.g. ``"bert.encoder.layer"``, without the parts that compiling adds; ``""`` if
+        The list's name below ``model``, e.g. ``"bert.encoder.layer"``, without the parts that wrappers add; ``""`` if
         ``model`` itself is the list.
 
     Raises:
@@ -40,7 +40,7 @@ def find_layer_stack(model: nn.Module) -> str:
             f"{type(model).__name__} has no list of layers: no nn.ModuleList in it holds layers of one class."
         )
     found = max(stacks, key=lambda name: _weight(stacks[name]))
-    return ".".join(part for part in found.split(".") if part != _COMPILED)
+    return plain_name(found)
 
 
 def layer_stack(model: nn.Module, name: str) -> nn.ModuleList:

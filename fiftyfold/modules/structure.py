@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.surgery import named_parameter_map, update_optimizer
+from fiftyfold.modules.surgery import named_parameter_map, plain_name, update_optimizer
 
 Operation = dict[str, Any]
 """One entry of a structure log: JSON values only, with its kind under ``"op"``."""
@@ -92,6 +92,11 @@ def compression_root(module: nn.Module) -> nn.Module:
     models = list(dict.fromkeys(_topmost_transformers(module)))
     trained = [model for model in models if any(parameter.requires_grad for parameter in model.parameters())]
     return trained[0] if len(trained) == 1 else module
+
+
+def logs_by_part(module: nn.Module) -> dict[str, list[Operation]]:
+    """Return the log of each part of ``module`` that carries one, by the part's plain name."""
+    return {plain_name(name): structure_log(part) for name, part in module.named_modules() if has_structure(part)}
 
 
 def check_order(log: Iterable[Operation], names: Iterable[str]) -> None:
@@ -187,6 +192,8 @@ def decode_log(tensor: torch.Tensor) -> list[Operation]:
     Raises:
         FiftyfoldError: if the tensor is not a log, or is one of a newer version.
     """
+    # Lightning loads some checkpoints lazily, and its placeholders for tensors have few of a tensor's methods.
+    tensor = torch.clone(tensor)
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _LARGEST_LOG_BYTES:
         raise FiftyfoldError("the checkpoint's structure log is not a list of bytes; the checkpoint is corrupt.")
     try:

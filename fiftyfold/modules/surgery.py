@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def plain_name(name: str) -> str:
+    """Return a module's name without the parts that compiling, sharding and checkpointing of activations add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_parameter_map(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,12 +61,18 @@ def update_optimizer(optimizer: Optimizer, before: dict[str, nn.Parameter], afte
 def parameter_checksum(model: nn.Module) -> torch.Tensor:
     """Return two float64 numbers that differ between ranks whose parameters differ.
 
-    The first is the sum of all parameters, the second the same weighted by position, so that a swap shows too.
+    The first is the sum of all parameters, the second the same weighted by position, so that a swap shows too. Of
+    parameters that are distributed over the ranks as ``DTensor`` none counts, because no rank holds them whole.
     """
-    device = next(iter(model.parameters())).device
+    parameters = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    return tensor_checksum(parameters, next(iter(model.parameters())).device)
+
+
+def tensor_checksum(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the sum of ``tensors``, and the same weighted by position; two float64 numbers on ``device``."""
     checksum = torch.zeros(2, dtype=torch.float64, device=device)
-    for position, parameter in enumerate(model.parameters(), start=1):
-        total = parameter.detach().sum(dtype=torch.float64)
+    for position, parameter in enumerate(tensors, start=1):
+        total = parameter.detach().sum(dtype=torch.float64).to(device)
         checksum += torch.stack([total, total * position])
     return checksum
 

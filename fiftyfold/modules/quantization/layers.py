@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -87,6 +88,11 @@ class QuantizedLayer(nn.Module):
         low, high = (torch.where(unobserved, new, old.float()) for old, new in zip(stored, found, strict=True))
         return low, high
 
+    def _forget_ranges(self) -> None:
+        for name in RANGE_BUFFERS:
+            if name in self._buffers:
+                getattr(self, name).zero_()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.settings is None:
             for name in RANGE_BUFFERS:
@@ -103,6 +109,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if self.settings is None:
             return super().forward(input)
         return F.linear(self._fake_quantized_input(input), self._fake_quantized_weight(), self.bias)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, and observe anew; sharding calls it on layers that had no data (meta device)."""
+        super().reset_parameters()
+        self._forget_ranges()
 
 
 class QuantizedConv1D(QuantizedLayer, Conv1D):
@@ -151,7 +162,7 @@ def is_eligible(module: nn.Module) -> bool:
 
     Subclasses of the dense layers compute in ways of their own and are left alone.
     """
-    return type(module) in _QUANTIZED or type(module) in _DENSE
+    return _own_class(module) in _QUANTIZED or _own_class(module) in _DENSE
 
 
 def install(module: nn.Module, activation: ActivationSettings | None = None) -> None:
@@ -165,8 +176,9 @@ def install(module: nn.Module, activation: ActivationSettings | None = None) -> 
         FiftyfoldError: if the layer cannot be quantized.
     """
     _check_eligible(module)
-    if type(module) in _QUANTIZED:
-        module.__class__ = _QUANTIZED[type(module)]
+    own = _own_class(module)
+    if own in _QUANTIZED:
+        module.__class__ = _like(type(module), _QUANTIZED[own])
     static = activation is not None and activation.range == "static"
     for name in RANGE_BUFFERS:
         if static and name not in module._buffers:
@@ -196,8 +208,7 @@ def check_settings(module: nn.Module, settings: LayerSettings) -> None:
     _check_eligible(module)
     if isinstance(module, nn.Embedding) and (settings.weight.granularity != "per_channel" or settings.activation):
         raise FiftyfoldError("an embedding is quantized per row ('per_channel'), without its input.")
-    rows, columns = _weight(module).shape
-    check_shape((columns, rows) if isinstance(module, Conv1D) else (rows, columns), settings.weight)
+    check_shape(_canonical_shape(module), settings.weight)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -205,15 +216,6 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.settings is not None:
             yield name, module
-
-
-@torch.no_grad()
-def copy_ranges(source: nn.Module, target: nn.Module) -> None:
-    """Give the quantized layers of ``target`` the static ranges of those of ``source``, a model of equal structure."""
-    for (_, observed), (_, layer) in zip(quantized_layers(source), quantized_layers(target), strict=True):
-        for name in RANGE_BUFFERS:
-            if name in observed._buffers:
-                getattr(layer, name).copy_(getattr(observed, name))
 
 
 def remove_quantization(model: nn.Module) -> None:
@@ -249,6 +251,28 @@ def effective_weight(layer: QuantizedLayer) -> torch.Tensor:
 def _check_eligible(module: nn.Module) -> None:
     if not is_eligible(module):
         raise FiftyfoldError(f"a {type(module).__name__} cannot be quantized; only Linear, Embedding and Conv1D can.")
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of ``module``; of one that ``fully_shard`` took itself, the class that it had before."""
+    return type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+
+
+def _like(found: type[nn.Module], wanted: type[nn.Module]) -> type[nn.Module]:
+    """Return ``wanted``, sharded itself if ``found`` is."""
+    if not issubclass(found, FSDPModule):
+        return wanted
+    return type(f"FSDP{wanted.__name__}", (FSDPModule, wanted), {"__deepcopy__": found.__deepcopy__})  # type: ignore[attr-defined]
+
+
+def _canonical_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (output channels or rows, inputs); a sharded weight's own shape does not tell."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    assert isinstance(module, Conv1D)
+    return module.nf, module.nx
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

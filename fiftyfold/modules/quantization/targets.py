@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import is_eligible
+from fiftyfold.modules.surgery import plain_name
 
 Targets = str | Sequence[str]
 
-_COMPILED = "_orig_mod"
 _HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "cls"})
 _EXAMPLES = 5
 
@@ -30,7 +30,7 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
         exclude: regular expressions; a layer whose name has one of them is left out.
 
     Returns:
-        Names in the order of the model, without the parts that compiling adds. Layers that share a weight with a
+        Names in the order of the model, without the parts that wrappers add. Layers that share a weight with a
         chosen one are chosen as well, so that a tied output layer reads what the embedding reads.
 
     Raises:
@@ -57,9 +57,9 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield all modules below ``model`` by name, without the parts that compiling adds to names."""
+    """Yield all modules below ``model`` by their plain names."""
     for name, module in model.named_modules():
-        yield ".".join(part for part in name.split(".") if part != _COMPILED), module
+        yield plain_name(name), module
 
 
 def share_weight(layers: dict[str, nn.Module]) -> list[list[str]]:

@@ -1,0 +1,87 @@
+"""Running a function in several processes that form one process group, as a launcher such as torchrun starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+RANKS = 2
+_SECONDS = 240
+
+
+def run_on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> list[Any]:
+    """Call ``function(*arguments)`` in ``ranks`` new processes and return what each returned, by rank.
+
+    The processes are forked, so that they need not import anything again; they find each other through the variables
+    that torchrun sets, and a Trainer inside takes them for its own.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs fork")
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    processes, ends = [], []
+    for rank in range(ranks):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(function, arguments, rank, ranks, port, there))
+        process.start()
+        there.close()
+        processes.append(process)
+        ends.append(here)
+    try:
+        results = [_receive(end, rank) for rank, end in enumerate(ends)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(results) if not good]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in results]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _receive(end: Connection, rank: int) -> tuple[bool, Any]:
+    if not end.poll(_SECONDS):
+        return False, f"rank {rank} is silent for {_SECONDS} s"
+    try:
+        # By value: tensors sent in torch's own way live in a file that ends with the process.
+        good, result = pickle.loads(end.recv_bytes())
+        return good, result
+    except EOFError:
+        return False, "it died"
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int, end: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
+    torch.set_num_threads(1)
+    try:
+        end.send_bytes(pickle.dumps((True, function(*arguments))))
+    except BaseException:  # noqa: BLE001
+        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        # The other rank may wait for this one for ever.
+        os._exit(1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
