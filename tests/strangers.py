@@ -124,15 +124,16 @@ MODULES: tuple[type[_Stranger], ...] = (BertUser, OddUser)
 
 
 def make_trainer(callbacks: list[Callback] | None = None, folder: Path | None = None, **options: Any) -> Trainer:
-    """A silent Trainer of STEPS steps; with ``folder``, it writes ``step=k.ckpt`` after each optimizer step."""
+    """A silent Trainer of STEPS steps; with ``folder``, it writes ``step=k.ckpt`` every ``every`` (1) optimizer steps."""
     callbacks = list(callbacks or [])
     if folder is not None:
-        weights_only = options.pop("weights_only", False)
+        weights_only, every = options.pop("weights_only", False), options.pop("every", 1)
         callbacks.append(
             ModelCheckpoint(
-                folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=weights_only
+                folder, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_weights_only=weights_only
             )
         )
+    options.pop("every", None)
     options = {
         "max_epochs": EPOCHS,
         "limit_train_batches": BATCHES,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy
 
 from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
 from fiftyfold.errors import FiftyfoldError
@@ -156,12 +153,6 @@ def test_impossible_plans_are_refused_at_the_start(callbacks, message):
     with pytest.raises(FiftyfoldError, match=message):
         make_trainer([*callbacks(), watch]).fit(BertUser())
     assert not watch.weights
-
-
-def test_sharded_strategies_are_refused():
-    trainer = SimpleNamespace(strategy=FSDPStrategy.__new__(FSDPStrategy), callbacks=[])
-    with pytest.raises(FiftyfoldError, match="sharded"):
-        LayerReduction().setup(trainer, BertUser(), "fit")
 
 
 def test_what_never_comes_is_announced():
