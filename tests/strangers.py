@@ -124,7 +124,7 @@ MODULES: tuple[type[_Stranger], ...] = (BertUser, OddUser)
 
 
 def make_trainer(callbacks: list[Callback] | None = None, folder: Path | None = None, **options: Any) -> Trainer:
-    """A silent Trainer of STEPS steps; with ``folder``, it writes ``step=k.ckpt`` every ``every`` (1) optimizer steps."""
+    """A silent Trainer of STEPS steps; with ``folder``, it writes ``step=k.ckpt`` each step, or each ``every``."""
     callbacks = list(callbacks or [])
     if folder is not None:
         weights_only, every = options.pop("weights_only", False), options.pop("every", 1)
