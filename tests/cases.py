@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from lightning.pytorch.callbacks import Callback
 
-from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
+from fiftyfold.callbacks import (
+    LayerPruning,
+    LayerReduction,
+    QuantizationAwareTraining,
+    TensorNetworkDecomposition,
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,32 @@ CASES = (
         (("reduce_layers", 2), ("reduce_layers", 5)),
     ),
     Case(
+        "tensorization",
+        lambda: [TensorNetworkDecomposition(cores=2, bond_dimension=4, start=3)],
+        (("tensorize", 3),),
+    ),
+    Case(
+        "tensorization of everything, gradually",
+        lambda: [TensorNetworkDecomposition(cores=3, bond_dimension={2: 4, "fraction:0.625": 2}, targets=".")],
+        (("tensorize", 2), ("tensorize", 5)),
+    ),
+    Case(
+        "reduced, low rank, with ternary factors",
+        lambda: [
+            LayerReduction(start=1),
+            TensorNetworkDecomposition(2, 3, split="low_rank", start=2),
+            QuantizationAwareTraining(weight_bits=2, granularity="per_channel", start=4),
+        ],
+        (("reduce_layers", 1), ("tensorize", 2), ("quantize", 4)),
+    ),
+    Case(
         "all together",
         lambda: [
+            TensorNetworkDecomposition(cores=2, keep=0.7, start=1),
             QuantizationAwareTraining(weight_bits={2: 2, 6: 1}),
             LayerReduction(keep=3, start=3),
             LayerPruning({5: 1}),
         ],
-        (("quantize", 2), ("reduce_layers", 3), ("reduce_layers", 5), ("quantize", 6)),
+        (("tensorize", 1), ("quantize", 2), ("reduce_layers", 3), ("reduce_layers", 5), ("quantize", 6)),
     ),
 )

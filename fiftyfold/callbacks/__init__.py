@@ -4,5 +4,12 @@ from fiftyfold.callbacks.layer_pruning import LayerPruning
 from fiftyfold.callbacks.layer_reduction import LayerReduction
 from fiftyfold.callbacks.quantization_aware_training import QuantizationAwareTraining
 from fiftyfold.callbacks.random_states import RandomStates
+from fiftyfold.callbacks.tensor_network_decomposition import TensorNetworkDecomposition
 
-__all__ = ["LayerPruning", "LayerReduction", "QuantizationAwareTraining", "RandomStates"]
+__all__ = [
+    "LayerPruning",
+    "LayerReduction",
+    "QuantizationAwareTraining",
+    "RandomStates",
+    "TensorNetworkDecomposition",
+]

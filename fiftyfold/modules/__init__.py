@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fiftyfold.modules.layer_pruning import prune_layers
 from fiftyfold.modules.layer_reduction import reduce_layers
 from fiftyfold.modules.quantization.quantize import quantize
+from fiftyfold.modules.tensor_network.tensorize import tensorize
 
 if TYPE_CHECKING:
     from fiftyfold.modules.checkpoint import load_from_checkpoint
@@ -46,6 +47,7 @@ __all__ = [
     "prune_layers",
     "quantize",
     "reduce_layers",
+    "tensorize",
 ]
 
 

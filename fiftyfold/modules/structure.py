@@ -11,6 +11,7 @@ The hooks are plain functions that read the module they are handed: a deep copy 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -36,6 +37,7 @@ _LARGEST_LOG_BYTES = 16 * 2**20
 
 Replay = Callable[[nn.Module, Operation], None]
 _REPLAYS: dict[str, Replay] = {}
+_VALUES_FOLLOW = contextvars.ContextVar("values_follow", default=False)
 _FORBIDDEN_AFTER: dict[str, frozenset[str]] = {}
 
 
@@ -161,6 +163,24 @@ def adopt_log(model: nn.Module, log: Iterable[Operation]) -> None:
 
 
 @contextlib.contextmanager
+def loading_values() -> Iterator[None]:
+    """Say that whatever is replayed inside the block gets its values from a file afterwards.
+
+    An operation that would compute new values from old ones, such as a decomposition, then need not.
+    """
+    token = _VALUES_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _VALUES_FOLLOW.reset(token)
+
+
+def values_follow() -> bool:
+    """Tell whether the values of what is replayed now are loaded afterwards."""
+    return _VALUES_FOLLOW.get()
+
+
+@contextlib.contextmanager
 def replaying() -> Iterator[None]:
     """Let every module that loads a state dict inside the block replay the logs found in it.
 
@@ -249,7 +269,8 @@ def _load_structure(module: nn.Module, state_dict: MutableMapping[str, Any], pre
             _attach_part(module, key.removeprefix(prefix).removesuffix(STATE_KEY).rstrip("."))
     written = state_dict.pop(prefix + STATE_KEY, None)
     if written is not None:
-        replay(module, decode_log(written))
+        with loading_values():
+            replay(module, decode_log(written))
     elif log := structure_log(module):
         raise FiftyfoldError(
             f"the state dict has no structure log, but the model was already changed ({_describe(log)}); "

@@ -30,6 +30,17 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def leave_fused_paths(model: nn.Module, replaced: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Keep torch's encoder layers from computing with the ``weight`` of layers inside them that is no dense weight.
+
+    In evaluation, ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to one fused operation and
+    never calls the layers; without the mark for a known activation function it calls them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and any(isinstance(m, replaced) for m in layer.modules()):
+            layer.activation_relu_or_gelu = 0
+
+
 def update_optimizer(optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
     """Edit ``optimizer`` in place after a model's parameters changed.
 

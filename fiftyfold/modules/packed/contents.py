@@ -13,10 +13,30 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.packing import pack_codes
 from fiftyfold.modules.packed.layers import STORED_BUFFERS, PackedConv1D, PackedEmbedding, PackedLayer
 from fiftyfold.modules.packed.manifest import Kind, Manifest, PackedEntry, RestDtype
-from fiftyfold.modules.packed.skeleton import expected_tensors, packed_layer
-from fiftyfold.modules.quantization.layers import QuantizedLayer, codes_and_scale, effective_weight
+from fiftyfold.modules.packed.networks import packed_network
+from fiftyfold.modules.packed.skeleton import SHARED_BUFFERS, expected_tensors, packed_layer
+from fiftyfold.modules.quantization.layers import (
+    RANGE_BUFFERS,
+    QuantizedLayer,
+    QuantizedNetworkLayer,
+    codes_and_scale,
+    effective_weight,
+    quantized_layers,
+)
+from fiftyfold.modules.quantization.quantizers import quantize_weight
+from fiftyfold.modules.quantization.settings import LayerSettings
 from fiftyfold.modules.structure import structure_log
 from fiftyfold.modules.surgery import replace_module
+from fiftyfold.modules.tensor_network.layers import (
+    PIVOTS,
+    TensorNetworkConv1D,
+    TensorNetworkEmbedding,
+    TensorNetworkLayer,
+    change_gauge,
+    normalize_gauge,
+)
+
+LayerToPack = QuantizedLayer | PackedLayer | TensorNetworkLayer
 
 
 @dataclass(frozen=True)
@@ -46,8 +66,12 @@ def pack_model(model: nn.Module, rest_dtype: RestDtype = "float16") -> Contents:
     """
     manifest = describe(model, rest_dtype)
     for name, module in _layers_to_pack(model):
-        if isinstance(module, QuantizedLayer):
-            replace_module(model, module, pack_layer(name, module, manifest.packed[name]))
+        entry = manifest.packed[name]
+        if entry.settings is None:
+            assert isinstance(module, TensorNetworkLayer)
+            store_network(module)
+        elif isinstance(module, QuantizedLayer):
+            replace_module(model, module, pack_layer(name, module, entry))
     return Contents(manifest, collect_tensors(model, manifest))
 
 
@@ -65,7 +89,7 @@ def describe(model: nn.Module, rest_dtype: RestDtype) -> Manifest:
             raise FiftyfoldError("a layer alone cannot be exported; put it into a module, such as nn.Sequential.")
         packed[name] = packed_entry(module)
         owner = owners.setdefault(id(module.weight), name)
-        if owner != name and packed[owner].settings.weight == packed[name].settings.weight:
+        if owner != name and packed[name].can_share(packed[owner]):
             tied[name] = owner
     return Manifest(structure_log(model), packed, tied, rest_dtype)
 
@@ -80,7 +104,7 @@ def collect_tensors(model: nn.Module, manifest: Manifest) -> dict[str, torch.Ten
     """
     narrow = getattr(torch, manifest.rest_dtype)
     stored = {f"{name}.{buffer}" for name in manifest.packed for buffer in STORED_BUFFERS}
-    tied = {f"{name}.{tensor}" for name in manifest.tied for tensor in ("weight", "weight_scale")}
+    tied = {f"{name}.{tensor}" for name in manifest.tied for tensor in ("weight", *SHARED_BUFFERS)}
     return {
         name: (tensor.detach() if name in stored else _narrowed(tensor.detach(), narrow)).cpu()
         for name, tensor in expected_tensors(model).items()
@@ -92,7 +116,8 @@ def collect_tensors(model: nn.Module, manifest: Manifest) -> dict[str, torch.Ten
 def round_rest(model: nn.Module, dtype: RestDtype = "float16") -> None:
     """Round, in place, everything outside quantized layers' weights to the type in which a file holds it.
 
-    The tensors keep their type; only their values change. What :func:`.export` writes of a model so rounded loads
+    The tensors keep their type; only their values change. The cores of tensor networks first get the identity blocks
+    that a file leaves out, which changes what they compute by no more than the rounding of their type. What :func:`.export` writes of a model so rounded loads
     back bit for bit. A tensor with values beyond the range of ``dtype``, or already as narrow, stays as it is.
 
     Args:
@@ -100,6 +125,9 @@ def round_rest(model: nn.Module, dtype: RestDtype = "float16") -> None:
         dtype: ``"float16"`` or ``"float32"``.
     """
     narrow = getattr(torch, dtype)
+    for _, layer in _layers_to_pack(model):
+        if layer.settings is None:
+            normalize_gauge(layer)
     exempt = {id(tensor) for _, layer in _layers_to_pack(model) for tensor in _own_tensors(layer)}
     for tensor in expected_tensors(model).values():
         if id(tensor) not in exempt and _is_wider(tensor, narrow):
@@ -114,7 +142,7 @@ def separate_dense_weights(model: nn.Module) -> None:
 
     A file holds the one packed and the other not, so they cannot stay tied.
     """
-    latent = {id(layer.weight) for _, layer in _layers_to_pack(model) if isinstance(layer, QuantizedLayer)}
+    latent = {id(layer.weight) for _, layer in quantized_layers(model)}
     for module in model.modules():
         if not isinstance(module, QuantizedLayer) or module.settings is None:
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -130,24 +158,26 @@ def pack_layer(name: str, layer: QuantizedLayer, entry: PackedEntry) -> PackedLa
     """
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise FiftyfoldError(f"{name!r} renormalizes its rows (max_norm) and cannot be packed; exclude it.")
+    if isinstance(layer, QuantizedNetworkLayer):
+        return _pack_network(name, layer, entry)
     try:
         codes, scale = codes_and_scale(layer)
     except FiftyfoldError as error:
         raise FiftyfoldError(f"{name}: {error}") from error
     packed = packed_layer(name, layer, entry)
-    packed.weight.data = pack_codes(codes, entry.settings.weight.bits)
+    packed.weight.data = pack_codes(codes, packed.settings.weight.bits)
     packed.weight_scale = scale.clone()
-    for buffer in STORED_BUFFERS[1:]:
-        if buffer in layer._buffers:
-            packed._buffers[buffer] = layer.get_buffer(buffer).to(torch.float32)
+    _copy_ranges(layer, packed)
     if not torch.equal(packed.dense_weight(layer.weight.dtype), effective_weight(layer)):
         raise FiftyfoldError(f"{name!r} does not unpack to the weight that was trained; please report this as a bug.")
     return packed
 
 
-def packed_entry(layer: QuantizedLayer | PackedLayer) -> PackedEntry:
-    """Describe a quantized or packed layer for the manifest."""
+def packed_entry(layer: LayerToPack) -> PackedEntry:
+    """Describe a quantized or packed layer, or a tensor network, for the manifest."""
     settings = layer.settings
+    if isinstance(layer, TensorNetworkLayer):
+        return _network_entry(layer, settings)
     assert settings is not None
     if isinstance(layer, PackedLayer):
         shape = (layer.rows, layer.columns)
@@ -162,13 +192,59 @@ def packed_entry(layer: QuantizedLayer | PackedLayer) -> PackedEntry:
     return PackedEntry(kind, (rows, columns), settings)
 
 
-def _layers_to_pack(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer | PackedLayer]]:
+def store_network(layer: TensorNetworkLayer) -> None:
+    """Give a network in floating point the form in which a file keeps it, in place."""
+    layer.trained_gauge = layer.trained_gauge or layer.form.gauge
+    change_gauge(layer, "fixed")
+    layer.keeps_merged = True
+
+
+def _pack_network(name: str, layer: QuantizedNetworkLayer, entry: PackedEntry) -> PackedLayer:
+    assert entry.settings is not None
+    packed = packed_network(layer, layer.form, entry.settings).train(layer.training)
+    codes, scales = [], []
+    for matrix in layer.latent_matrices():
+        if matrix.numel():
+            try:
+                code, scale = quantize_weight(matrix, entry.settings.weight)
+            except FiftyfoldError as error:
+                raise FiftyfoldError(f"{name}: {error}") from error
+            codes.append(pack_codes(code, entry.settings.weight.bits))
+            scales.append(scale.flatten())
+    packed.weight.data, packed.weight_scale = torch.cat(codes), torch.cat(scales)
+    _copy_ranges(layer, packed)
+    if PIVOTS in layer._buffers:
+        packed._buffers[PIVOTS] = layer.get_buffer(PIVOTS).clone()
+    if not torch.equal(packed.dense_weight(layer.weight.dtype), layer.dense_weight()):
+        raise FiftyfoldError(f"{name!r} does not unpack to the weight that was trained; please report this as a bug.")
+    return packed
+
+
+def _copy_ranges(layer: QuantizedLayer, packed: PackedLayer) -> None:
+    for buffer in RANGE_BUFFERS:
+        if buffer in layer._buffers:
+            packed._buffers[buffer] = layer.get_buffer(buffer).to(torch.float32)
+
+
+def _network_entry(layer: TensorNetworkLayer, settings: LayerSettings | None) -> PackedEntry:
+    rows, columns = layer.form.shape
+    form = layer.form if layer.trained_gauge is None else layer.form.with_gauge(layer.trained_gauge)
+    if isinstance(layer, TensorNetworkConv1D):
+        return PackedEntry("conv1d", (columns, rows), settings, form)
+    kind: Kind = "embedding" if isinstance(layer, TensorNetworkEmbedding) else "linear"
+    return PackedEntry(kind, (rows, columns), settings, form)
+
+
+def _layers_to_pack(model: nn.Module) -> Iterator[tuple[str, LayerToPack]]:
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLayer | PackedLayer) and module.settings is not None:
+        quantized = isinstance(module, QuantizedLayer | PackedLayer) and module.settings is not None
+        if quantized or isinstance(module, TensorNetworkLayer):
             yield name, module
 
 
-def _own_tensors(layer: QuantizedLayer | PackedLayer) -> list[torch.Tensor]:
+def _own_tensors(layer: LayerToPack) -> list[torch.Tensor]:
+    if layer.settings is None:
+        return []
     return [layer.weight, *(buffer for buffer in layer._buffers.values() if buffer is not None)]
 
 

@@ -63,7 +63,11 @@ class PackedLayer(nn.Module):
         self.weight = nn.Parameter(content, requires_grad=False)
         scales = scale_shape((rows, columns), settings.weight)
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16, device=device))
-        static = settings.activation is not None and settings.activation.range == "static"
+        self.register_ranges(device)
+
+    def register_ranges(self, device: torch.device | None) -> None:
+        """Make room for a static range where the settings ask for one."""
+        static = self.settings.activation is not None and self.settings.activation.range == "static"
         for name in RANGE_BUFFERS:
             bound = torch.empty((), dtype=torch.float32, device=device) if static else None
             self.register_buffer(name, bound)

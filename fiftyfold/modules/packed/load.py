@@ -23,7 +23,7 @@ from fiftyfold.modules.packed.skeleton import (
 )
 from fiftyfold.modules.packed.trainable import make_trainable
 from fiftyfold.modules.packed.weights_file import check_digest, read_headers, read_tensors
-from fiftyfold.modules.structure import compression_root, replay
+from fiftyfold.modules.structure import compression_root, loading_values, replay
 
 WEIGHTS_FILE = "model.safetensors"
 """Where the tensors are."""
@@ -75,7 +75,8 @@ def fill(model: nn.Module, folder: Path, manifest: Manifest) -> None:
     headers = read_headers(files)
     check_digest(files)
     root = compression_root(model)
-    replay(root, manifest.structure)
+    with loading_values():
+        replay(root, manifest.structure)
     install_packed_layers(root, manifest)
     expected = expected_tensors(root)
     check_headers(expected, headers, files[0])

@@ -9,9 +9,13 @@ from typing import Any, Literal, get_args
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.settings import LayerSettings
 from fiftyfold.modules.structure import Operation, check_log
+from fiftyfold.modules.tensor_network.form import NetworkForm
 
-FORMAT_VERSION = 1
-"""Version of the folder's format. A reader opens this version and older ones."""
+FORMAT_VERSION = 2
+"""Version of the folder's format. A reader opens this version and older ones.
+
+2 added tensor networks; a folder without any is still written as version 1.
+"""
 
 Kind = Literal["linear", "embedding", "conv1d"]
 RestDtype = Literal["float16", "float32"]
@@ -26,12 +30,27 @@ class PackedEntry:
     Attributes:
         kind: the layer that it takes the place of.
         shape: shape of the dense weight, as that layer has it.
-        settings: how weight and activations are quantized.
+        settings: how weight and activations are quantized; nothing for a network in floating point.
+        network: the tensor network that stands for the weight, as it trained. The file keeps a network in floating
+            point with its gauge fixed.
     """
 
     kind: Kind
     shape: tuple[int, int]
-    settings: LayerSettings
+    settings: LayerSettings | None
+    network: NetworkForm | None = None
+
+    @property
+    def stored_network(self) -> NetworkForm | None:
+        """The tensor network as the file keeps it."""
+        if self.network is None or self.settings is not None:
+            return self.network
+        return self.network.with_gauge("fixed")
+
+    def can_share(self, other: PackedEntry) -> bool:
+        """Tell whether the two may be tied to one weight."""
+        weights = [entry.settings and entry.settings.weight for entry in (self, other)]
+        return self.shape == other.shape and self.network == other.network and weights[0] == weights[1]
 
 
 @dataclass(frozen=True)
@@ -55,12 +74,11 @@ class Manifest:
         settings: list[LayerSettings] = []
         packed = {}
         for name, entry in self.packed.items():
-            if entry.settings not in settings:
-                settings.append(entry.settings)
-            index = settings.index(entry.settings)
-            packed[name] = {"kind": entry.kind, "shape": list(entry.shape), "settings": index}
+            packed[name] = {"kind": entry.kind, "shape": list(entry.shape), "settings": _index(entry, settings)}
+            if entry.network is not None:
+                packed[name]["network"] = entry.network.to_json()
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if any(entry.network for entry in self.packed.values()) else 1,
             "structure": self.structure,
             "settings": [each.to_json() for each in settings],
             "packed": packed,
@@ -84,6 +102,15 @@ class Manifest:
             raise _broken(f"there is no rest_dtype {content['rest_dtype']!r}")
         packed = _read_packed(content["packed"], _read_settings(content["settings"]))
         return cls(check_log(content["structure"]), packed, _read_tied(content["tied"], packed), content["rest_dtype"])
+
+
+def _index(entry: PackedEntry, settings: list[LayerSettings]) -> int | None:
+    """Return the place of an entry's settings in a list, where they are added if need be."""
+    if entry.settings is None:
+        return None
+    if entry.settings not in settings:
+        settings.append(entry.settings)
+    return settings.index(entry.settings)
 
 
 def _check_version(version: object) -> None:
@@ -112,16 +139,19 @@ def _read_packed(content: object, settings: list[LayerSettings]) -> dict[str, Pa
 
 
 def _read_entry(name: str, content: object, settings: list[LayerSettings]) -> PackedEntry:
-    if not isinstance(content, Mapping) or set(content) != {"kind", "shape", "settings"}:
+    if not isinstance(content, Mapping) or set(content) - {"network"} != {"kind", "shape", "settings"}:
         raise _broken(f"the entry of {name!r} does not have kind, shape and settings")
     kind, shape, index = content["kind"], content["shape"], content["settings"]
     if kind not in get_args(Kind):
         raise _broken(f"{name!r} is of the unknown kind {kind!r}")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise _broken(f"{name!r} has the impossible shape {shape!r}")
+    network = NetworkForm.from_json(content["network"]) if "network" in content else None
+    if index is None and network is not None:
+        return PackedEntry(kind, (shape[0], shape[1]), None, network)
     if type(index) is not int or not 0 <= index < len(settings):
         raise _broken(f"{name!r} names settings that are not there")
-    return PackedEntry(kind, (shape[0], shape[1]), settings[index])
+    return PackedEntry(kind, (shape[0], shape[1]), settings[index], network)
 
 
 def _read_tied(content: object, packed: Mapping[str, PackedEntry]) -> dict[str, str]:
@@ -129,13 +159,9 @@ def _read_tied(content: object, packed: Mapping[str, PackedEntry]) -> dict[str, 
         raise _broken("'tied' is no mapping")
     for name, source in content.items():
         taker, owner = packed.get(name), packed.get(source) if isinstance(source, str) else None
-        if taker is None or owner is None or source in content or not _can_share(taker, owner):
+        if taker is None or owner is None or source in content or not taker.can_share(owner):
             raise _broken(f"{name!r} cannot share the tensors of {source!r}")
     return dict(content)
-
-
-def _can_share(one: PackedEntry, other: PackedEntry) -> bool:
-    return one.shape == other.shape and one.settings.weight == other.settings.weight
 
 
 def _broken(reason: str) -> FiftyfoldError:

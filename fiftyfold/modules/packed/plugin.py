@@ -23,6 +23,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.contents import collect_tensors, describe
 from fiftyfold.modules.packed.manifest import Manifest
 from fiftyfold.modules.packed.skeleton import (
+    SHARED_BUFFERS,
     check_header,
     check_headers,
     expected_tensors,
@@ -167,8 +168,9 @@ def _declare_ties(model: PreTrainedModel, manifest: Manifest, headers: Mapping[s
             )
     for name, owner in manifest.tied.items():
         ties[f"{name}.weight"] = f"{owner}.weight"
-        # It comes back with the weight, after loading: transformers ties parameters only.
-        model.get_submodule(name).weight_scale = None
+        # They come back with the weight, after loading: transformers ties parameters only.
+        for buffer in SHARED_BUFFERS:
+            model.get_submodule(name)._buffers.pop(buffer, None)
     # Tying would cut or lengthen the output layer's bias to the packed weight's number of bytes.
     model._adjust_bias = _leave_bias
 

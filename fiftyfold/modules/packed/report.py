@@ -12,6 +12,7 @@ from torch import nn
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.contents import Contents
 from fiftyfold.modules.packed.layers import STORED_BUFFERS
+from fiftyfold.modules.packed.manifest import PackedEntry, RestDtype
 from fiftyfold.modules.packed.skeleton import expected_tensors
 from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.quantization.targets import find_targets
@@ -29,7 +30,7 @@ class ExportReport:
         folder_bytes: size of all files, but for the report itself.
         part_bytes: what the weight file is made of: ``packed_weights``, ``scales`` (and static ranges), ``rest``, and
             ``header`` (names, shapes, checksum).
-        parameters: parameters of the model, a tied one counted once.
+        parameters: parameters of the model, a tied one counted once, a tensor network as the matrix it stands for.
         packed_parameters: how many of them are packed.
         float32_bytes: what the parameters of this model would take in float32.
         ratio: ``float32_bytes / file_bytes``. It does not count layers that were dropped earlier; for the ratio to a
@@ -95,9 +96,16 @@ def ideal_ratio(contents: Contents) -> float | None:
     """Return 32 over the mean nominal bits of the packed weights; nothing if none is packed."""
     manifest = contents.manifest
     owners = [entry for name, entry in manifest.packed.items() if name not in manifest.tied]
-    numbers = [entry.shape[0] * entry.shape[1] for entry in owners]
-    bits = sum(number * entry.settings.weight.bits for number, entry in zip(numbers, owners, strict=True))
-    return 32 * sum(numbers) / bits if bits else None
+    numbers = sum(entry.shape[0] * entry.shape[1] for entry in owners)
+    bits = sum(_nominal_bits(entry, manifest.rest_dtype) for entry in owners)
+    return 32 * numbers / bits if bits else None
+
+
+def _nominal_bits(entry: PackedEntry, rest_dtype: RestDtype) -> int:
+    """Return the bits of a weight's own numbers, without scales and pivots."""
+    number = getattr(torch, rest_dtype).itemsize * 8 if entry.settings is None else entry.settings.weight.bits
+    form = entry.stored_network
+    return number * (entry.shape[0] * entry.shape[1] if form is None else form.count)
 
 
 def beyond_xtc(model: nn.Module) -> list[str] | None:

@@ -11,13 +11,31 @@ from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.layers import STORED_BUFFERS, PackedConv1D, PackedEmbedding, PackedLayer, PackedLinear
-from fiftyfold.modules.packed.manifest import Manifest, PackedEntry
+from fiftyfold.modules.packed.manifest import Kind, Manifest, PackedEntry
+from fiftyfold.modules.packed.networks import packed_network
 from fiftyfold.modules.packed.weights_file import TensorHeader
 from fiftyfold.modules.structure import STATE_KEY
-from fiftyfold.modules.surgery import replace_module
+from fiftyfold.modules.surgery import leave_fused_paths, replace_module
+from fiftyfold.modules.tensor_network.layers import (
+    PIVOTS,
+    TensorNetworkConv1D,
+    TensorNetworkEmbedding,
+    TensorNetworkLayer,
+    TensorNetworkLinear,
+    install_network,
+    matrix_shape,
+)
 
+SHARED_BUFFERS = ("weight_scale", PIVOTS)
+"""Names of the buffers that go with a packed weight when layers are tied to it."""
+
+_KINDS: dict[Kind, tuple[type[nn.Module], type[nn.Module]]] = {
+    "linear": (nn.Linear, TensorNetworkLinear),
+    "embedding": (nn.Embedding, TensorNetworkEmbedding),
+    "conv1d": (Conv1D, TensorNetworkConv1D),
+}
 _FLOATS = {"F16", "BF16", "F32", "F64"}
-_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 
 def install_packed_layers(model: nn.Module, manifest: Manifest) -> None:
@@ -31,16 +49,14 @@ def install_packed_layers(model: nn.Module, manifest: Manifest) -> None:
         FiftyfoldError: if a module is absent or is not what the manifest says.
     """
     for name, entry in manifest.packed.items():
-        replace_module(model, _find(model, name), packed_layer(name, _find(model, name), entry))
+        dense = _find(model, name)
+        _check_fit(name, dense, entry)
+        if entry.settings is None:
+            _store_network(dense, entry)
+        else:
+            replace_module(model, dense, packed_layer(name, dense, entry))
     share_tied_tensors(model, manifest)
-    leave_fused_paths(model)
-
-
-def leave_fused_paths(model: nn.Module) -> None:
-    """Keep torch's encoder layers from computing with the packed bytes as if they were a dense weight."""
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and any(isinstance(m, PackedLayer) for m in layer.modules()):
-            layer.activation_relu_or_gelu = 0
+    leave_fused_paths(model, (PackedLayer, TensorNetworkLayer))
 
 
 def packed_layer(name: str, dense: nn.Module, entry: PackedEntry) -> PackedLayer:
@@ -49,15 +65,15 @@ def packed_layer(name: str, dense: nn.Module, entry: PackedEntry) -> PackedLayer
     Raises:
         FiftyfoldError: if ``dense`` is not what ``entry`` says.
     """
-    types = {"linear": nn.Linear, "embedding": nn.Embedding, "conv1d": Conv1D}
-    weight = getattr(dense, "weight", None)
-    if not isinstance(dense, types[entry.kind]) or not isinstance(weight, torch.Tensor):
-        raise _misfit(f"{name!r} is packed as {entry.kind}, but the model has {type(dense).__name__} there")
-    if tuple(weight.shape) != entry.shape:
-        raise _misfit(f"{name!r} is packed with shape {entry.shape}, but the model wants {tuple(weight.shape)}")
+    _check_fit(name, dense, entry)
     rows, columns = entry.shape
     layer: PackedLayer
-    settings, device = entry.settings, weight.device
+    settings, weight = entry.settings, dense.weight
+    assert settings is not None
+    assert isinstance(weight, torch.Tensor)
+    device = weight.device
+    if entry.network is not None:
+        return packed_network(dense, entry.network, settings).train(dense.training)
     if isinstance(dense, nn.Embedding):
         layer = PackedEmbedding(rows, columns, settings, device, padding_idx=dense.padding_idx, dtype=weight.dtype)
     elif isinstance(dense, Conv1D):
@@ -72,7 +88,9 @@ def share_tied_tensors(model: nn.Module, manifest: Manifest) -> None:
     for name, source in manifest.tied.items():
         layer, owner = model.get_submodule(name), model.get_submodule(source)
         layer.weight = owner.weight
-        layer.weight_scale = owner.weight_scale
+        for buffer in SHARED_BUFFERS:
+            if buffer in owner._buffers:
+                layer.register_buffer(buffer, owner.get_buffer(buffer))
 
 
 def expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,7 +138,7 @@ def check_header(name: str, tensor: torch.Tensor, header: TensorHeader | None, f
             f"{file} holds {name!r} with shape {header.shape}, but the model wants {tuple(tensor.shape)}; "
             "weights and configuration do not belong together."
         )
-    exact = tensor.dtype == torch.uint8 or name.endswith(tuple(f".{buffer}" for buffer in STORED_BUFFERS))
+    exact = tensor.dtype == torch.uint8 or name.endswith(tuple(f".{buffer}" for buffer in (*STORED_BUFFERS, PIVOTS)))
     misfit = exact and header.dtype != _NAMES[tensor.dtype]
     if misfit or (header.dtype in _FLOATS) != tensor.is_floating_point():
         raise FiftyfoldError(f"{file} holds {name!r} as {header.dtype}, but the model wants {tensor.dtype}.")
@@ -131,6 +149,25 @@ def _find(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError as error:
         raise _misfit(f"{name!r} is packed, but the model has no such module") from error
+
+
+def _check_fit(name: str, dense: nn.Module, entry: PackedEntry) -> None:
+    if not isinstance(dense, _KINDS[entry.kind]) or not isinstance(getattr(dense, "weight", None), torch.Tensor):
+        raise _misfit(f"{name!r} is packed as {entry.kind}, but the model has {type(dense).__name__} there")
+    rows, columns = matrix_shape(dense)
+    shape = (columns, rows) if entry.kind == "conv1d" else (rows, columns)
+    if shape != entry.shape:
+        raise _misfit(f"{name!r} is packed with shape {entry.shape}, but the model wants {shape}")
+    if entry.network is not None and entry.network.shape != (rows, columns):
+        raise _misfit(f"the tensor network of {name!r} stands for a matrix {entry.network.shape}")
+
+
+def _store_network(dense: nn.Module, entry: PackedEntry) -> None:
+    assert entry.network is not None
+    assert entry.stored_network is not None
+    install_network(dense, entry.stored_network)
+    assert isinstance(dense, TensorNetworkLayer)
+    dense.trained_gauge, dense.keeps_merged = entry.network.gauge, True
 
 
 def _misfit(reason: str) -> FiftyfoldError:

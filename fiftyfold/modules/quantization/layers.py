@@ -25,6 +25,12 @@ from fiftyfold.modules.quantization.quantizers import (
     quantize_weight,
 )
 from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings
+from fiftyfold.modules.tensor_network.layers import (
+    TensorNetworkConv1D,
+    TensorNetworkEmbedding,
+    TensorNetworkLayer,
+    TensorNetworkLinear,
+)
 
 RANGE_MOMENTUM = 0.95
 """Share of the old range that each training batch leaves, when ranges are static (XTC's code)."""
@@ -149,10 +155,46 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         return F.embedding(input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
+class QuantizedNetworkLayer(QuantizedLayer, TensorNetworkLayer):
+    """A tensor network whose cores are quantized, each unfolded to a matrix of its own."""
+
+    def matrices(self) -> list[torch.Tensor]:
+        """Return the matrices of numbers, quantized."""
+        matrices = super().matrices()
+        if self.settings is None:
+            return matrices
+        settings = self.settings.weight
+        # A core that its identity block fills leaves a matrix without rows.
+        return [fake_quantize_weight(matrix, settings) if matrix.numel() else matrix for matrix in matrices]
+
+    def latent_matrices(self) -> list[torch.Tensor]:
+        """Return the matrices of numbers in full precision."""
+        return super().matrices()
+
+
+class QuantizedNetworkLinear(QuantizedNetworkLayer, TensorNetworkLinear):
+    """A linear layer that is a tensor network, with quantized cores and input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output: (…, inputs) → (…, outputs)."""
+        return super().forward(x if self.settings is None else self._fake_quantized_input(x))
+
+
+class QuantizedNetworkConv1D(QuantizedNetworkLinear, TensorNetworkConv1D):
+    """GPT-2's ``Conv1D`` as a tensor network, with quantized cores and input."""
+
+
+class QuantizedNetworkEmbedding(QuantizedNetworkLayer, TensorNetworkEmbedding):
+    """An embedding that is a tensor network, with quantized cores."""
+
+
 _QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Embedding: QuantizedEmbedding,
     Conv1D: QuantizedConv1D,
+    TensorNetworkLinear: QuantizedNetworkLinear,
+    TensorNetworkEmbedding: QuantizedNetworkEmbedding,
+    TensorNetworkConv1D: QuantizedNetworkConv1D,
 }
 _DENSE = {quantized: dense for dense, quantized in _QUANTIZED.items()}
 
@@ -206,8 +248,14 @@ def check_settings(module: nn.Module, settings: LayerSettings) -> None:
             a scale for each row.
     """
     _check_eligible(module)
-    if isinstance(module, nn.Embedding) and (settings.weight.granularity != "per_channel" or settings.activation):
+    embedding = isinstance(module, nn.Embedding | TensorNetworkEmbedding)
+    if embedding and (settings.weight.granularity != "per_channel" or settings.activation):
         raise FiftyfoldError("an embedding is quantized per row ('per_channel'), without its input.")
+    if isinstance(module, TensorNetworkLayer):
+        for shape in module.form.matrix_shapes:
+            if shape[0]:
+                check_shape(shape, settings.weight)
+        return
     check_shape(_canonical_shape(module), settings.weight)
 
 

@@ -18,6 +18,7 @@ from fiftyfold.modules.quantization.settings import (
 )
 from fiftyfold.modules.quantization.targets import Targets, find_targets, named_layers, share_weight
 from fiftyfold.modules.structure import Operation, apply_operation, register_operation
+from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding
 
 
 class QuantizeArguments(TypedDict, total=False):
@@ -173,7 +174,7 @@ def install_quantizers(model: nn.Module, **arguments: Unpack[QuantizeArguments])
 
 
 def _quantized_by_row(layers: dict[str, nn.Module]) -> set[str]:
-    embeddings = {name for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    embeddings = {name for name, layer in layers.items() if isinstance(layer, nn.Embedding | TensorNetworkEmbedding)}
     tied = {name for group in share_weight(layers) if embeddings.intersection(group) for name in group}
     return embeddings | tied
 

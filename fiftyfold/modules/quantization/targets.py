@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import is_eligible
 from fiftyfold.modules.surgery import plain_name
+from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding
 
 Targets = str | Sequence[str]
 
 _HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "cls"})
 _EXAMPLES = 5
+_EMBEDDINGS = (nn.Embedding, TensorNetworkEmbedding)
 
 
 def find_targets(model: nn.Module, targets: Targets = "default", exclude: Targets = ()) -> list[str]:
@@ -40,18 +42,18 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
     if not eligible:
         raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to quantize.")
     if targets in ("default", "xtc"):
-        left_out = _frozen_parts(model) | _task_heads(model)
+        left_out = frozen_parts(model) | task_heads(model)
         candidates = {name: module for name, module in eligible.items() if name not in left_out}
         chosen = set(candidates) if targets == "default" else _xtc(model, candidates)
     else:
-        chosen = _matching("targets", targets, eligible)
-    chosen |= _sharing_weight(chosen, eligible)
+        chosen = matching("targets", targets, eligible)
+    chosen |= sharing_weight(chosen, eligible)
     if exclude:
-        chosen -= _matching("exclude", exclude, eligible)
+        chosen -= matching("exclude", exclude, eligible)
     if not chosen:
         raise FiftyfoldError(
             f"targets {targets!r} without exclude {exclude!r} leave nothing to quantize in {type(model).__name__}; "
-            f"its layers are {_examples(eligible)}."
+            f"its layers are {examples(eligible)}."
         )
     return [name for name in eligible if name in chosen]
 
@@ -70,11 +72,17 @@ def share_weight(layers: dict[str, nn.Module]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _sharing_weight(chosen: set[str], eligible: dict[str, nn.Module]) -> set[str]:
+def sharing_weight(chosen: set[str], eligible: dict[str, nn.Module]) -> set[str]:
+    """Return the names in ``eligible`` whose layers share a weight with a chosen one and another one."""
     return {name for group in share_weight(eligible) if chosen.intersection(group) for name in group}
 
 
-def _matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) -> set[str]:
+def matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) -> set[str]:
+    """Return the names in ``eligible`` in which one of the regular expressions is found.
+
+    Raises:
+        FiftyfoldError: if a pattern is wrong or finds nothing; ``argument`` is what the user called it.
+    """
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
@@ -82,19 +90,20 @@ def _matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) 
         except (re.error, TypeError) as error:
             raise FiftyfoldError(f"{argument}: {pattern!r} is not a regular expression ({error}).") from error
         if not matches:
-            raise FiftyfoldError(f"{argument}: no layer's name has {pattern!r}; there are {_examples(eligible)}.")
+            raise FiftyfoldError(f"{argument}: no layer's name has {pattern!r}; there are {examples(eligible)}.")
         found |= matches
     return found
 
 
 def _xtc(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
-    stacks = [f"{name}." for name, module in named_layers(model) if isinstance(module, nn.ModuleList)]
-    linears = {
-        name
-        for name, module in candidates.items()
-        if not isinstance(module, nn.Embedding) and name.startswith(tuple(stacks))
-    }
+    linears = {name for name in in_stacks(model, candidates) if not isinstance(candidates[name], _EMBEDDINGS)}
     return linears | _word_embeddings(model, candidates)
+
+
+def in_stacks(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
+    """Return the names in ``candidates`` that stand inside a list of layers."""
+    stacks = tuple(f"{name}." for name, module in named_layers(model) if isinstance(module, nn.ModuleList))
+    return {name for name in candidates if name.startswith(stacks)}
 
 
 def _word_embeddings(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
@@ -102,12 +111,12 @@ def _word_embeddings(model: nn.Module, candidates: dict[str, nn.Module]) -> set[
     models = [whole for _, whole in _transformers_models(model) if _trains(whole) == _trains(model)]
     inputs = [whole.get_input_embeddings() for whole in models]
     if not models:
-        embeddings = [module for module in candidates.values() if isinstance(module, nn.Embedding)]
+        embeddings = [module for module in candidates.values() if isinstance(module, _EMBEDDINGS)]
         inputs = sorted(embeddings, key=lambda embedding: -embedding.num_embeddings)[:1]
     return {name for name, module in candidates.items() if any(module is embedding for embedding in inputs)}
 
 
-def _task_heads(model: nn.Module) -> set[str]:
+def task_heads(model: nn.Module) -> set[str]:
     """Return the names of all modules of transformers models that do not belong to the backbone."""
     heads: set[str] = set()
     for prefix, whole in _transformers_models(model):
@@ -120,7 +129,7 @@ def _task_heads(model: nn.Module) -> set[str]:
     return heads
 
 
-def _frozen_parts(model: nn.Module) -> set[str]:
+def frozen_parts(model: nn.Module) -> set[str]:
     """Return the names of all modules of frozen parts beside something to train: teachers.
 
     A part is a transformers model at any depth, or else a direct child of ``model``. What is frozen inside a
@@ -151,7 +160,8 @@ def _transformers_models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
     return found
 
 
-def _examples(eligible: dict[str, nn.Module]) -> str:
+def examples(eligible: dict[str, nn.Module]) -> str:
+    """Name some of the layers, and say how many more there are."""
     names = list(eligible)
     shown = ", ".join(names[:_EXAMPLES])
     return shown if len(names) <= _EXAMPLES else f"{shown} and {len(names) - _EXAMPLES} more"

@@ -1,0 +1,1 @@
+"""Matrix product operators in the place of weight matrices."""
