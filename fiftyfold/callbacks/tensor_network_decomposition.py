@@ -58,7 +58,7 @@ class TensorNetworkDecomposition(OperationCallback):
         if isinstance(bond_dimension, Mapping):
             if start != 0 or keep is not None or not bond_dimension:
                 raise FiftyfoldError(
-                    "a bond_dimension that steps down says when each size begins, at least one; leave start and keep out."
+                    "a bond_dimension that steps down says when each size begins; leave start and keep out."
                 )
             self.bond_dimension = {Moment.parse(when): size for when, size in bond_dimension.items()}
         else:
@@ -96,7 +96,8 @@ class TensorNetworkDecomposition(OperationCallback):
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:
         """Find the layers that ``root`` has now."""
         size = self.bond_dimension[event.moment]
-        return tensorize_operation(root, **{**self.arguments, "bond_dimension": size}, step=trainer.global_step)
+        arguments: TensorizeArguments = {**self.arguments, "bond_dimension": size}
+        return tensorize_operation(root, step=trainer.global_step, **arguments)
 
     def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
         """Count the layers, and compare their numbers with those of their matrices."""

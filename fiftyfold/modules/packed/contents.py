@@ -116,9 +116,10 @@ def collect_tensors(model: nn.Module, manifest: Manifest) -> dict[str, torch.Ten
 def round_rest(model: nn.Module, dtype: RestDtype = "float16") -> None:
     """Round, in place, everything outside quantized layers' weights to the type in which a file holds it.
 
-    The tensors keep their type; only their values change. The cores of tensor networks first get the identity blocks
-    that a file leaves out, which changes what they compute by no more than the rounding of their type. What :func:`.export` writes of a model so rounded loads
-    back bit for bit. A tensor with values beyond the range of ``dtype``, or already as narrow, stays as it is.
+    The tensors keep their type; only their values change. Tensor networks first get the identity blocks that a file
+    leaves out, which changes what they compute by no more than rounding. What :func:`.export` writes of a model so
+    rounded loads back bit for bit. A tensor with values beyond the range of ``dtype``, or already as narrow, stays as
+    it is.
 
     Args:
         model: any model.
@@ -126,7 +127,7 @@ def round_rest(model: nn.Module, dtype: RestDtype = "float16") -> None:
     """
     narrow = getattr(torch, dtype)
     for _, layer in _layers_to_pack(model):
-        if layer.settings is None:
+        if isinstance(layer, TensorNetworkLayer) and layer.settings is None:
             normalize_gauge(layer)
     exempt = {id(tensor) for _, layer in _layers_to_pack(model) for tensor in _own_tensors(layer)}
     for tensor in expected_tensors(model).values():

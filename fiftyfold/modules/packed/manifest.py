@@ -72,7 +72,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; settings that modules share are written once."""
         settings: list[LayerSettings] = []
-        packed = {}
+        packed: dict[str, dict[str, Any]] = {}
         for name, entry in self.packed.items():
             packed[name] = {"kind": entry.kind, "shape": list(entry.shape), "settings": _index(entry, settings)}
             if entry.network is not None:

@@ -37,6 +37,7 @@ class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
         dtype: type that the cores are unpacked to; follows the model when that is cast.
     """
 
+    weight: nn.Parameter
     output_type: torch.Tensor
 
     def __init__(
@@ -106,6 +107,8 @@ class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
 class PackedNetworkLinear(PackedNetworkLayer, TensorNetworkLinear):
     """A linear layer as a tensor network with packed cores."""
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         form: NetworkForm,
@@ -116,7 +119,7 @@ class PackedNetworkLinear(PackedNetworkLayer, TensorNetworkLinear):
     ) -> None:
         super().__init__(form, settings, device, dtype)
         self.out_features, self.in_features = form.shape
-        self.register_parameter("bias", bias)
+        self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output: (…, inputs) → (…, outputs)."""
@@ -126,9 +129,13 @@ class PackedNetworkLinear(PackedNetworkLayer, TensorNetworkLinear):
 class PackedNetworkConv1D(PackedNetworkLinear, TensorNetworkConv1D):
     """GPT-2's ``Conv1D`` as a tensor network with packed cores."""
 
+    weight: nn.Parameter
+
 
 class PackedNetworkEmbedding(PackedNetworkLayer, TensorNetworkEmbedding):
     """An embedding as a tensor network with packed cores."""
+
+    weight: nn.Parameter
 
     def __init__(
         self,

@@ -79,6 +79,7 @@ def packed_layer(name: str, dense: nn.Module, entry: PackedEntry) -> PackedLayer
     elif isinstance(dense, Conv1D):
         layer = PackedConv1D(columns, rows, settings, dense.bias, device)
     else:
+        assert isinstance(dense, nn.Linear)
         layer = PackedLinear(rows, columns, settings, dense.bias, device)
     return layer.train(dense.training)
 

@@ -20,7 +20,7 @@ from fiftyfold.modules.tensor_network.layers import PIVOTS, TensorNetworkLayer, 
 
 
 def make_trainable(model: nn.Module) -> None:
-    """Replace packed layers by quantized ones, and free the gauge of networks, in place; the model computes what it computed before.
+    """Replace packed layers by quantized ones, and free the gauge of networks, in place; the outputs stay.
 
     The floating-point weights are those that the bits stand for, since the ones of the earlier training are gone:
     quantized again, they give the same bits. Where the same bits tie two layers, the new weights are tied as well. All
@@ -79,9 +79,9 @@ def _free(module: TensorNetworkLayer, weights: dict[int, nn.Parameter]) -> None:
     stored = module.weight
     if module.trained_gauge is not None:
         change_gauge(module, module.trained_gauge)
-    weight = weights.setdefault(id(stored), module.weight)
-    if weight is not module.weight:
-        module.register_parameter("weight", weight)
+    freed = module.weight
+    assert isinstance(freed, nn.Parameter)
+    module.register_parameter("weight", weights.setdefault(id(stored), freed))
     module.trained_gauge, module.keeps_merged = None, False
     module.forget_merged()
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import is_eligible
 from fiftyfold.modules.surgery import plain_name
-from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding
+from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_shape
 
 Targets = str | Sequence[str]
 
@@ -112,7 +112,7 @@ def _word_embeddings(model: nn.Module, candidates: dict[str, nn.Module]) -> set[
     inputs = [whole.get_input_embeddings() for whole in models]
     if not models:
         embeddings = [module for module in candidates.values() if isinstance(module, _EMBEDDINGS)]
-        inputs = sorted(embeddings, key=lambda embedding: -embedding.num_embeddings)[:1]
+        inputs = sorted(embeddings, key=lambda embedding: -matrix_shape(embedding)[0])[:1]
     return {name for name, module in candidates.items() if any(module is embedding for embedding in inputs)}
 
 

@@ -82,7 +82,7 @@ def truncated_svd(matrix: torch.Tensor, n_eigenvecs: int, **_: Any) -> tuple[tor
     """
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Divide and conquer may fail to converge in float32; twice the digits have always sufficed.
         left, values, right = (part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False))
     return left[:, :n_eigenvecs], values[:n_eigenvecs], right[:n_eigenvecs]

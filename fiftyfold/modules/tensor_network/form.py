@@ -140,7 +140,7 @@ class NetworkForm:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return json_lists(asdict(self))
+        return {key: _lists(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: object) -> NetworkForm:
@@ -197,11 +197,11 @@ def clipped_bonds(rows: Sequence[int], columns: Sequence[int], bonds: Sequence[i
     return tuple(clipped)
 
 
-def json_lists(value: Any) -> Any:
+def _lists(value: Any) -> Any:
     """Turn tuples into lists at every depth, as JSON would."""
     if isinstance(value, dict):
-        return {key: json_lists(each) for key, each in value.items()}
-    return [json_lists(each) for each in value] if isinstance(value, tuple | list) else value
+        return {key: _lists(each) for key, each in value.items()}
+    return [_lists(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _read_term(values: object) -> Term:

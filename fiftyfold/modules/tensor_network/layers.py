@@ -47,7 +47,7 @@ class TensorNetworkLayer(nn.Module):
         settings: how the cores are quantized, in the subclasses that quantize them.
     """
 
-    weight: nn.Parameter
+    weight: torch.Tensor
     form: NetworkForm
     keeps_merged: bool = False
     trained_gauge: Gauge | None = None
@@ -127,7 +127,7 @@ class TensorNetworkLayer(nn.Module):
 class TensorNetworkLinear(TensorNetworkLayer):
     """An ``nn.Linear`` with a tensor network in the place of its weight."""
 
-    bias: torch.Tensor | None
+    bias: nn.Parameter | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output: (…, inputs) → (…, outputs).
@@ -174,7 +174,7 @@ class TensorNetworkEmbedding(TensorNetworkLayer):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows: (…) integers → (…, features)."""
-        rows, columns = self.form.shape
+        columns = self.form.shape[1]
         flat = tokens.reshape(-1)
         first, *others = (look_up(flat, cores)[:, :columns] for cores in self.networks())
         found = sum(others, first)

@@ -124,7 +124,9 @@ def tensorize_operation(
     check_arguments(cores, bond_dimension, keep, split)
     layers = dict(named_layers(model))
     forms = {
-        name: _form(matrix_shape(layers[name]), cores, bond_dimension, keep, split, name)
+        name: _form_of_bond(matrix_shape(layers[name]), cores, bond_dimension, split)
+        if keep is None
+        else _form_of_share(name, matrix_shape(layers[name]), cores, keep, split)
         for name in find_matrices(model, targets, exclude)
     }
     if keep is None:
@@ -212,11 +214,7 @@ def read_forms(operation: Operation) -> dict[str, NetworkForm]:
         raise FiftyfoldError(f"the log's entry {operation.get('op')!r} cannot be read; the file is corrupt.") from error
 
 
-def _form(
-    shape: tuple[int, int], cores: int, bond_dimension: int, keep: float | None, split: Split, name: str
-) -> NetworkForm:
-    if keep is None:
-        return _form_of_bond(shape, cores, bond_dimension, split)
+def _form_of_share(name: str, shape: tuple[int, int], cores: int, keep: float, split: Split) -> NetworkForm:
     form = largest_form(shape, cores, split, keep * shape[0] * shape[1])
     if form is None:
         smallest = _form_of_bond(shape, cores, 1, split).count / (shape[0] * shape[1])
