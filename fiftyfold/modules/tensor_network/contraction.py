@@ -29,7 +29,7 @@ def contract(x: torch.Tensor, cores: Cores, outputs: int) -> torch.Tensor:
     Returns:
         (tokens, outputs).
     """
-    columns = math.prod(core.shape[2] for core in cores)
+    columns = math.prod([core.shape[2] for core in cores])
     x = F.pad(x, (0, columns - x.shape[1])) if columns != x.shape[1] else x
     term = term_of(cores)
     step = _right_to_left if right_to_left_cost(term) <= left_to_right_cost(term) else _left_to_right
