@@ -329,7 +329,7 @@ def to_dense(module: TensorNetworkLayer) -> None:
     for name in ("form", "keeps_merged", "trained_gauge", "_merged", "_places", "_break_even"):
         module.__dict__.pop(name, None)
     module._buffers.pop(PIVOTS, None)
-    module.__class__ = next(_DENSE[each] for each in type(module).__mro__ if each in _DENSE)  # type: ignore[index,assignment]
+    module.__class__ = next(_DENSE[each] for each in type(module).__mro__ if each in _DENSE)  # type: ignore[assignment]
     module.register_parameter("weight", nn.Parameter(weight, requires_grad=requires_grad))
 
 
