@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
+from fiftyfold.app.remembered import first_line, read_checkpoint
 from fiftyfold.app.training import claim_output
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
@@ -54,7 +55,7 @@ def export(
         raise
     except (RuntimeError, TypeError, KeyError) as error:
         raise FiftyfoldError(
-            f"{checkpoint} does not fit {kind.__name__} ({_first_line(error)}); name the folders that the training "
+            f"{checkpoint} does not fit {kind.__name__} ({first_line(error)}); name the folders that the training "
             "began from, as they were then."
         ) from error
     places = {**hyperparameters, **moved}
@@ -77,14 +78,8 @@ def _module_class(hyperparameters: dict[str, Any]) -> type[TaskModule]:
 
 
 def _hyperparameters(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FiftyfoldError(f"there is no checkpoint at {path}.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise FiftyfoldError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)}).") from error
-    own = isinstance(content, dict) and DATA_KEY in content
-    found = content.get("hyper_parameters") if own else None
+    content = read_checkpoint(path)
+    found = content.get("hyper_parameters") if DATA_KEY in content else None
     if not isinstance(found, dict) or not isinstance(found.get("teacher", found.get("model")), str):
         raise FiftyfoldError(
             f"{path} is not a checkpoint of one of fiftyfold's modules; for another module, load it with "
@@ -98,7 +93,3 @@ def _load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FiftyfoldError(f"no tokenizer can be read from {source!r}; name one with --tokenizer.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fiftyfold.app.road import show
-from fiftyfold.app.summary import Row
+from fiftyfold.app.road import PICTURE_FILE, show
+from fiftyfold.app.summary import Row, draw_picture
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.export import REPORT_FILE
 
@@ -25,4 +25,5 @@ def report(folder: str) -> None:
         rows, metric = [Row(**row) for row in content["rows"]], str(content["metric"])
     except (ValueError, KeyError, TypeError) as error:
         raise FiftyfoldError(f"{path} holds no table; export alone measures no score.") from error
+    draw_picture(rows, metric=metric, title=path.parent.name, path=path.parent / PICTURE_FILE)
     show(rows, metric, path.parent)

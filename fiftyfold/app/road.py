@@ -20,6 +20,7 @@ from fiftyfold.app.summary import Row, draw_picture, print_table
 from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import GLUEDataModule
+from fiftyfold.file_replacement import sync
 from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
 from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
@@ -150,7 +151,11 @@ def deliver(
     rows[1:1] = extra_rows
     metric = data.task.selection_metric
     _add_to_report(aside, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    draw_picture(rows, metric=metric, title=folder.name, path=aside / PICTURE_FILE)
+    for path in [*aside.iterdir(), aside]:
+        sync(path)
     aside.rename(folder)
+    sync(folder.parent)
     show(rows, metric, folder)
     return rows
 
@@ -184,8 +189,7 @@ def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Ro
 
 
 def show(rows: Sequence[Row], metric: str, folder: Path) -> None:
-    """Print the table of a delivered folder and draw its picture there."""
-    draw_picture(rows, metric=metric, title=folder.name, path=folder / PICTURE_FILE)
+    """Print the table of a delivered folder."""
     print_table(rows, metric=metric, title=str(folder))
     Console().print(f"picture: {folder / PICTURE_FILE}", highlight=False, soft_wrap=True)
 

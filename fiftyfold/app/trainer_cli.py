@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
+from fiftyfold.app.remembered import read_checkpoint, remembered_model
+from fiftyfold.app.typed_settings import TypedSettings
+
 # Imported so that recipes can name these classes without their modules.
-from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining, RandomStates
+from fiftyfold.callbacks import (
+    DurableCheckpointIO,
+    LayerPruning,
+    LayerReduction,
+    QuantizationAwareTraining,
+    RandomStates,
+    StopOnSignal,
+    TensorNetworkDecomposition,
+)
 from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
+
+_ONE_FILE = (SingleDeviceStrategy, DDPStrategy)
 
 RECIPES = Path(__file__).parents[1] / "configs"
 """The recipes that are shipped with the package."""
@@ -29,6 +48,8 @@ ADDRESSABLE = (
     LayerReduction,
     QuantizationAwareTraining,
     RandomStates,
+    StopOnSignal,
+    TensorNetworkDecomposition,
 )
 """Classes that a recipe names by their bare class name."""
 
@@ -40,8 +61,19 @@ class TrainerCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        self._typed = parser.parse_args(args, defaults=False)
+        # What the checkpoint remembers goes before the words that were typed: the later word wins. LightningCLI lets
+        # the checkpoint win, and merges what it remembers of one class into another.
+        command, *words = args
+        remembered = _remembered_words(command, words)
+        super().parse_arguments(parser, [command, *remembered, *words])
+        self._resumes = _last_option(words, "ckpt_path") is not None
+        self._differs = self._resumes and _model_of(self.config) != _model_of(
+            parser.parse_args([command, *words, *remembered])
+        )
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: what the checkpoint remembers is among the arguments."""
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -49,16 +81,15 @@ class TrainerCLI(LightningCLI):
         # Without them a run cannot go on as if it had never stopped. They come first: other callbacks may draw numbers.
         if not any(isinstance(callback, RandomStates) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, RandomStates())
+        if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
+            trainer.callbacks.append(StopOnSignal())
+        # Strategies that write a folder of their own take no CheckpointIO.
+        strategy = trainer.strategy
+        if isinstance(strategy, _ONE_FILE) and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = DurableCheckpointIO()
+        if self._resumes:
+            trainer.callbacks.append(TypedSettings(optimizer=self._differs))
         return trainer
-
-    @override
-    def _parse_ckpt_path(self) -> None:
-        # LightningCLI lets the checkpoint's hyperparameters override the command line.
-        super()._parse_ckpt_path()
-        command = self.config.subcommand
-        model = self._typed[command].get("model")
-        if model is not None:
-            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 
 
 def run_trainer_command(words: list[str]) -> None:
@@ -76,6 +107,47 @@ def run_trainer_command(words: list[str]) -> None:
         seed_everything_default=42,
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _remembered_words(command: str, words: Sequence[str]) -> list[str]:
+    """Return what the checkpoint of a command line remembers of its model, as words of a command line."""
+    path = _last_option(words, "ckpt_path")
+    if not isinstance(path, str) or not Path(path).is_file():
+        return []
+    model = _last_option(words, "model")
+    typed_class = model.get("class_path") if isinstance(model, dict) else model
+    content = read_checkpoint(Path(path))
+    if command == "fit" and "optimizer_states" not in content:
+        raise FiftyfoldError(
+            f"{path} holds weights alone, from which no training can go on; validate, test, predict and export take it."
+        )
+    remembered = remembered_model(content, path, typed_class)
+    return [] if remembered is None else ["--model", json.dumps(remembered)]
+
+
+def _last_option(words: Sequence[str], name: str) -> Any:
+    """Return the value that an option has in the end, of the command line and the recipes that it names."""
+    found = None
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        value = value if equals else next(iter(words[place + 1 :]), "")
+        if option == f"--{name}":
+            found = value
+        elif option in ("-c", "--config"):
+            found = _recipe_entry(Path(value), name) or found
+    return found
+
+
+def _recipe_entry(path: Path, name: str) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None  # the parser will say what is wrong with it
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def _model_of(config: Any) -> Any:
+    return config[config.subcommand].get("model")
 
 
 def _shipped_recipe(word: str) -> str:

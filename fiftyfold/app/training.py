@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers.utils.logging import disable_progress_bar
 
 from fiftyfold.app.last_checkpoint import LastCheckpoint
-from fiftyfold.callbacks import RandomStates
+from fiftyfold.callbacks import DurableCheckpointIO, RandomStates, StopOnSignal
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
@@ -119,14 +119,16 @@ def train(
     """
     best = ModelCheckpoint(work, filename="best", monitor="val/score", mode="max", enable_version_counter=False)
     last = LastCheckpoint(work / "last.ckpt", SAVE_EVERY_STEPS)
+    stop = StopOnSignal(work / "last.ckpt")
     trainer = lightning.Trainer(
         max_epochs=epochs,
         devices=1,
         gradient_clip_val=1.0,
         val_check_interval=1.0 / checks_per_epoch,
         num_sanity_val_steps=0,
-        callbacks=[*callbacks, RandomStates(), best, last, TQDMProgressBar(refresh_rate=20)],
+        callbacks=[*callbacks, RandomStates(), best, last, stop, TQDMProgressBar(refresh_rate=20)],
         logger=CSVLogger(work, name="log", version=""),
+        plugins=[DurableCheckpointIO()],
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)

@@ -28,6 +28,7 @@ from fiftyfold.datamodules.word_candidates import (
 )
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
+from fiftyfold.file_replacement import replaced_file, sync
 
 VARIANTS = {"cola": 30, "mrpc": 30, "stsb": 30, "rte": 30, "wnli": 30, "sst2": 20, "qnli": 20, "mnli": 10, "qqp": 10}
 """New sentences per sentence that TinyBERT's authors make for each task (none for WNLI: as for RTE)."""
@@ -239,6 +240,7 @@ def augment_file(
         lines = _lines(rows, definition, augmenter, number=number, seed=seed, start=start)
         written += _append(part, lines, start, len(rows), progress)
         _write_json(manifest, {"settings": settings, "rows": written, "digest": file_digest(part)})
+        sync(part)
         part.rename(output)
     return AugmentationReport(output, len(rows), written, cached=False, resumed_at=start)
 
@@ -336,6 +338,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replaced_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

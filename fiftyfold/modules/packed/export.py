@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_replacement import sync
 from fiftyfold.modules.packed.contents import (
     Contents,
     collect_tensors,
@@ -255,9 +256,9 @@ def written_aside(target: Path) -> Iterator[Path]:
         yield aside
         _open_to_all(aside)
         for path in [*aside.iterdir(), aside]:
-            _sync(path)
+            sync(path)
         _put_in_place(aside, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise FiftyfoldError(f"{target} cannot be written ({error}); nothing was exported.") from error
     finally:
@@ -283,12 +284,3 @@ def _put_in_place(aside: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk holds what was written; only then may the new folder replace an old one."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,53 @@
+"""DurableCheckpointIO: a checkpoint is on the disk whole, or it is the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_replacement import replaced_file
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, waits for the disk, and renames it.
+
+    Lightning's own way builds the file in memory and then in the folder for temporary files. Where that is another
+    file system, the last step is a copy, which a kill cuts in half; and nothing waits for the disk, so that a power cut
+    may leave an empty file under the checkpoint's name. Hand one to the Trainer: ``plugins=[DurableCheckpointIO()]``.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint``; addresses such as ``s3://…`` are left to Lightning.
+
+        Raises:
+            FiftyfoldError: if the disk refuses; the file that was there before is then still whole.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(place) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise FiftyfoldError(
+                f"the checkpoint {place} cannot be written ({refusal.strerror or refusal}); free some space or name "
+                "another folder, and resume from the checkpoint before it, which is whole."
+            ) from error
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """Return what the disk said: torch's writer, stopped in the middle, raises an error of its own over it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
