@@ -4,5 +4,9 @@
 class FiftyfoldError(ValueError):
     """Something that a user can mend; the message names the thing and the way out.
 
-    The command line prints the message alone and exits with status 1.
+    The command line prints the message alone and exits with status 1. What a message quotes may come from a hostile
+    file and be of any length, so that a long one is cut in its middle.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= 1000 else f"{message[:700]} … {message[-290:]}")

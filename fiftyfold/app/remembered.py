@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import DistillationModule, FineTuningModule
+from fiftyfold.modules.checkpoint import check_checkpoint
 from fiftyfold.modules.task_module import DATA_KEY
 
 _MAKEABLE = (Optimizer, LRScheduler, nn.Module)
@@ -30,6 +31,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FiftyfoldError(f"there is no checkpoint at {path}.")
+    check_checkpoint(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a torn or forged file makes torch raise anything

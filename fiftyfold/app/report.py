@@ -17,13 +17,22 @@ def report(folder: str) -> None:
     Args:
         folder: a folder that `fiftyfold compress` or `fiftyfold quickstart` wrote.
     """
-    path = Path(folder) / REPORT_FILE
+    rows, metric = read_rows(Path(folder))
+    draw_picture(rows, metric=metric, title=Path(folder).name, path=Path(folder) / PICTURE_FILE)
+    show(rows, metric, Path(folder))
+
+
+def read_rows(folder: Path) -> tuple[list[Row], str]:
+    """Return the rows of a compressed folder's table, and the name of their metric.
+
+    Raises:
+        FiftyfoldError: if the folder has no report, or if that holds no table.
+    """
+    path = folder / REPORT_FILE
     if not path.is_file():
         raise FiftyfoldError(f"{folder} has no {REPORT_FILE}; give a folder that fiftyfold compress wrote.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows, metric = [Row(**row) for row in content["rows"]], str(content["metric"])
-    except (ValueError, KeyError, TypeError) as error:
+        return [Row(**row) for row in content["rows"]], str(content["metric"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FiftyfoldError(f"{path} holds no table; export alone measures no score.") from error
-    draw_picture(rows, metric=metric, title=path.parent.name, path=path.parent / PICTURE_FILE)
-    show(rows, metric, path.parent)

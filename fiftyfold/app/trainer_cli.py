@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
-from fiftyfold.app.remembered import read_checkpoint, remembered_model
+from fiftyfold.app.remembered import first_line, read_checkpoint, remembered_model
 from fiftyfold.app.typed_settings import TypedSettings
 
 # Imported so that recipes can name these classes without their modules.
@@ -65,7 +65,10 @@ class TrainerCLI(LightningCLI):
         # the checkpoint win, and merges what it remembers of one class into another.
         command, *words = args
         remembered = _remembered_words(command, words)
-        super().parse_arguments(parser, [command, *remembered, *words])
+        try:
+            super().parse_arguments(parser, [command, *remembered, *words])
+        except (OSError, ValueError, RecursionError) as error:  # what is wrong with values exits with status 2
+            raise FiftyfoldError(f"the command line or its recipe cannot be read: {first_line(error)}") from error
         self._resumes = _last_option(words, "ckpt_path") is not None
         self._differs = self._resumes and _model_of(self.config) != _model_of(
             parser.parse_args([command, *words, *remembered])
@@ -98,8 +101,37 @@ def run_trainer_command(words: list[str]) -> None:
     Args:
         words: the command line without the program's name, beginning with the Trainer's command.
     """
+    _command_line(TrainerCLI, words)
+
+
+def parse_trainer_command(words: list[str]) -> Any:
+    """Return the configuration of a Trainer command without carrying it out.
+
+    Args:
+        words: as for :func:`run_trainer_command`.
+
+    Raises:
+        SystemExit: if the command line or its recipe is malformed; the reason stands on the standard error.
+    """
+    return _command_line(_Parser, words).config
+
+
+class _Parser(TrainerCLI):
+    """Stops when all is parsed."""
+
+    @override
+    def instantiate_classes(self) -> None: ...
+
+    @override
+    def _set_seed(self) -> None: ...
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def _command_line(kind: type[TrainerCLI], words: list[str]) -> TrainerCLI:
     sys.argv = ["fiftyfold"]
-    TrainerCLI(
+    return kind(
         args=[_shipped_recipe(word) for word in words],
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -117,7 +117,16 @@ def train(
     Raises:
         KeyboardInterrupt: if the user stopped the training; the last checkpoint stays in ``work``.
     """
-    best = ModelCheckpoint(work, filename="best", monitor="val/score", mode="max", enable_version_counter=False)
+    # At an epoch's end, Lightning's default, the best would come after the last: a run killed between the two, and
+    # resumed from the last, has no scores any more to choose the best by.
+    best = ModelCheckpoint(
+        work,
+        filename="best",
+        monitor="val/score",
+        mode="max",
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
     last = LastCheckpoint(work / "last.ckpt", SAVE_EVERY_STEPS)
     stop = StopOnSignal(work / "last.ckpt")
     trainer = lightning.Trainer(

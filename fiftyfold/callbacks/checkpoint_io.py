@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_replacement import replaced_file
+from fiftyfold.modules.checkpoint import check_checkpoint
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -18,7 +19,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Lightning's own way builds the file in memory and then in the folder for temporary files. Where that is another
     file system, the last step is a copy, which a kill cuts in half; and nothing waits for the disk, so that a power cut
-    may leave an empty file under the checkpoint's name. Hand one to the Trainer: ``plugins=[DurableCheckpointIO()]``.
+    may leave an empty file under the checkpoint's name. Nor does its reading compare checksums.
+
+    Example:
+        ``Trainer(plugins=[DurableCheckpointIO()])``
     """
 
     @override
@@ -44,6 +48,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {place} cannot be written ({refusal.strerror or refusal}); free some space or name "
                 "another folder, and resume from the checkpoint before it, which is whole."
             ) from error
+
+    @override
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Read a checkpoint.
+
+        Raises:
+            FiftyfoldError: if a bit of it was altered since it was written.
+        """
+        if "://" not in str(path):
+            check_checkpoint(Path(path))
+        return super().load_checkpoint(path, *arguments, **options)
 
 
 def _refusal(error: BaseException | None) -> OSError | None:

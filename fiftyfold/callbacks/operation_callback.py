@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from fiftyfold.callbacks.loop_progress import mend_epoch_count
 from fiftyfold.callbacks.moment import Moment
 from fiftyfold.callbacks.optimizer_groups import GroupNames, group_names, restore_groups
 from fiftyfold.callbacks.sharding import (
@@ -136,6 +137,7 @@ class OperationCallback(Callback, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule and refuse one that cannot be kept."""
+        mend_epoch_count(trainer)
         due = [(event.moment.resolve(trainer), event) for event in self.events]
         self._due = sorted(due, key=lambda entry: entry[0])
         for (step, event), (next_step, next_event) in itertools.pairwise(self._due):

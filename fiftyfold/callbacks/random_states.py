@@ -14,6 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from fiftyfold.callbacks.loop_progress import mend_epoch_count
+from fiftyfold.errors import FiftyfoldError
+
 CHECKPOINT_KEY = "fiftyfold_random_states"
 """Where a checkpoint holds the states: a list with one entry per process, in the order of the ranks."""
 
@@ -43,7 +46,18 @@ def capture_random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put the generators back to what :func:`capture_random_states` saw."""
+    """Put the generators back to what :func:`capture_random_states` saw.
+
+    Raises:
+        FiftyfoldError: if it is something else.
+    """
+    try:
+        _restore(states)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise FiftyfoldError("the checkpoint's random states cannot be read; the checkpoint is corrupt.") from error
+
+
+def _restore(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
@@ -93,6 +107,8 @@ class RandomStates(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._pending = checkpoint.get(CHECKPOINT_KEY)
+        if not isinstance(self._pending, list | None):
+            raise FiftyfoldError("the checkpoint's random states are no list; the checkpoint is corrupt.")
         if self._pending is None:
             rank_zero_warn(
                 "The checkpoint was saved without RandomStates: dropout goes on with other random numbers, and the"
@@ -104,6 +120,7 @@ class RandomStates(Callback):
         # Lightning gives a loader its state as it makes the loader. Where configure_optimizers asks for
         # trainer.estimated_stepping_batches, that is before the state is taken from the checkpoint.
         trainer.fit_loop._load_combined_loader_states()
+        mend_epoch_count(trainer)
 
     @override
     def on_train_batch_start(

@@ -26,9 +26,9 @@ class StoppedBySignal(SystemExit):
 class StopOnSignal(Checkpoint):
     """Writes a checkpoint and leaves when SIGTERM or SIGUSR1 comes, at the next moment from which a resume is exact.
 
-    That moment is the end of an optimizer step, or of the validation that follows it. Lightning itself ends on SIGTERM
-    without saving, and saves on SLURM's signal at once, be it in the middle of a step. Under SLURM with automatic
-    requeueing the job is requeued, and Lightning finds the checkpoint by itself.
+    That moment is the end of an optimizer step, of the validation that follows it, or of the epoch. Lightning itself
+    ends on SIGTERM without saving, and saves on SLURM's signal at once, be it in the middle of a step. Under SLURM with
+    automatic requeueing the job is requeued, and Lightning finds the checkpoint by itself.
 
     Args:
         path: the file to write; by default ``stopped.ckpt`` beside the Trainer's checkpoints.
@@ -53,13 +53,20 @@ class StopOnSignal(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        loop = trainer.fit_loop.epoch_loop
+        if not loop._num_ready_batches_reached() and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             self._leave_if_told(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if training and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._leave_if_told(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: a resume does not know the scores by which others choose their checkpoints here.
+        self._leave_if_told(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -294,7 +294,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise FiftyfoldError(
             f"No tokenizer could be loaded from {name!r} ({reason}); give a folder that holds tokenizer.json, or a hub"

@@ -177,8 +177,10 @@ class StatefulLoader:
         """Go on after the last batch that a former loader yielded.
 
         Raises:
-            FiftyfoldError: in mid-epoch, if the order is not the same any more.
+            FiftyfoldError: in mid-epoch, if the order is not the same any more; or if it is no such state.
         """
+        if not _is_state(state):
+            raise FiftyfoldError("the checkpoint's place in the data cannot be read; the checkpoint is corrupt.")
         if 0 < state["batches"] < len(self):
             self._check_signature(state["signature"])
         self._epoch.number = state["epoch"]
@@ -211,6 +213,12 @@ class StatefulLoader:
             pin_memory=self.pin_memory,
             generator=generator,
         )
+
+
+def _is_state(state: object) -> bool:
+    if not isinstance(state, dict) or not isinstance(state.get("signature"), dict):
+        return False
+    return all(type(state.get(name)) is int and state[name] >= 0 for name in ("epoch", "batches"))
 
 
 class _Batches(torch.utils.data.Dataset[Batch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -118,10 +119,29 @@ def cached_dataset(
     entry = cache_folder / f"{name}-{digest}"
     if not entry.is_dir():
         _store(build(), entry)
+    return open_cache_entry(entry)
+
+
+def open_cache_entry(entry: Path) -> datasets.Dataset:
+    """Open what a former run kept.
+
+    Raises:
+        FiftyfoldError: if the entry cannot be read.
+    """
     try:
-        return datasets.load_from_disk(str(entry))
-    except (OSError, ValueError) as error:
-        raise FiftyfoldError(f"The cache's entry {entry} is damaged; remove it and start again.") from error
+        tokens = datasets.load_from_disk(str(entry))
+        # Arrow maps the file into memory and believes the offsets in it; a wrong one would end the process.
+        tokens.data.table.validate(full=True)
+        whole = tokens.column_names and tokens.features["input_ids"].feature.dtype.startswith("int")
+    except Exception as error:
+        raise _damaged(entry) from error
+    if not whole:
+        raise _damaged(entry)
+    return tokens
+
+
+def _damaged(entry: Path) -> FiftyfoldError:
+    return FiftyfoldError(f"The cache's entry {entry} is damaged; remove it and start again.")
 
 
 def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, description: str) -> datasets.Dataset:
@@ -133,6 +153,8 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int,
         max_length: longest input in tokens.
         description: what the progress bar says.
     """
+    # A fast tokenizer remembers the truncation of its last call, and would carry it into an exported folder.
+    tokenizer = copy.deepcopy(tokenizer)
     names = [f"text{index}" for index in range(len(rows.texts))]
     columns: dict[str, Any] = dict(zip(names, rows.texts, strict=True))
     if rows.labels is not None:

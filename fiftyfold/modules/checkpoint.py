@@ -1,8 +1,10 @@
-"""Compressed checkpoints without a Trainer: loading one, and reading what structure it has."""
+"""Reading checkpoints: whole ones, compressed ones without a Trainer, and what structure one has."""
 
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +38,9 @@ def load_from_checkpoint(module_class: type[_Module], path: str | Path, **kwargs
         The module, compressed as it was when the checkpoint was saved.
 
     Raises:
-        FiftyfoldError: if the structure log in the checkpoint does not fit the module.
+        FiftyfoldError: if the file is damaged, or if its structure log does not fit the module.
     """
+    check_checkpoint(Path(path))
     with replaying():
         return module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[no-any-return]
 
@@ -77,3 +80,24 @@ def checkpoint_structure(path: str | Path) -> dict[str, list[Operation]]:
     ) as error:
         raise FiftyfoldError(f"the structure of the checkpoint {path} cannot be read ({error}).") from error
     return {part: decode_log(log) for part, log in written.items()}
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compare the contents of a checkpoint with the checksums in it, which ``torch.load`` does not look at.
+
+    Args:
+        path: a file that ``torch.save`` wrote. One in torch's format of before 1.6 has no checksums and is let through,
+            and so is a path where no file is.
+
+    Raises:
+        FiftyfoldError: if a part of the file was altered since it was written.
+    """
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
+        raise FiftyfoldError(f"{path} is damaged ({error}); go on from another checkpoint.") from error
+    if damaged is not None:
+        raise FiftyfoldError(f"{path} is damaged: its checksum of {damaged!r} does not fit; use another checkpoint.")

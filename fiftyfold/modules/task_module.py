@@ -157,10 +157,14 @@ class TaskModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put labels and padding back, so that a model can be exported without its data."""
         config, told = self.trained_model.config, checkpoint.get(DATA_KEY)
-        if told is not None:
-            config.id2label = dict(told["id2label"])
+        if told is None:
+            return
+        try:
+            config.id2label = {int(index): str(name) for index, name in told["id2label"].items()}
             config.label2id = {name: index for index, name in config.id2label.items()}
             config.pad_token_id = told["pad_token_id"]
+        except Exception as error:  # among others transformers' own, for a padding that is no number
+            raise FiftyfoldError(f"the checkpoint's entry {DATA_KEY!r} cannot be read; it is corrupt.") from error
 
     def current_stage(self) -> int:
         """Return the index of the stage in which the trainer stands."""
