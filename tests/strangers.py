@@ -120,6 +120,28 @@ class OddUser(_Stranger):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+_ROWS = 8
+
+
+class SplitUser(OddUser):
+    """Every rank gets its part of the batch that a single process gets whole."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        del self.blocks
+
+    def _loss(self, seed: int) -> torch.Tensor:
+        tokens = torch.randint(20, (_ROWS, 12), generator=torch.Generator().manual_seed(seed))
+        parts = self.trainer.world_size
+        tokens = tokens[self.global_rank * _ROWS // parts :][: _ROWS // parts]
+        logits, words = self.net(tokens)
+        label_loss = nn.functional.cross_entropy(logits, tokens[:, 0] % 2)
+        return label_loss + nn.functional.cross_entropy(words.flatten(0, 1), tokens.flatten())
+
+    def seed_of(self, batch_idx: int) -> int:
+        return 1000 * self.current_epoch + 10 * batch_idx
+
+
 MODULES: tuple[type[_Stranger], ...] = (BertUser, OddUser)
 
 

@@ -29,6 +29,7 @@ from fiftyfold.callbacks.sharding import (
     check_before_loading,
     replay_checkpoint,
     shards,
+    share_new_parameters,
 )
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.checkpoint import SHARDED_LOGS_KEY
@@ -40,6 +41,7 @@ from fiftyfold.modules.structure import (
     check_order,
     compression_root,
     encode_log,
+    let_rewind,
     listen,
     logs_by_part,
     replay,
@@ -103,7 +105,9 @@ class OperationCallback(Callback, ABC):
         for event in self.events:
             if self.changes_shapes and event.name not in done:
                 operation = {**self.plan(event, root, trainer), "by": event.name}
+                known = {id(parameter) for parameter in root.parameters()}
                 apply_operation(root, operation)
+                share_new_parameters(root, known, trainer)
                 rank_zero_info(f"Before sharding: {self.describe(operation, root)}")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,9 +124,12 @@ class OperationCallback(Callback, ABC):
             )
         for module in (pl_module, *averaged_copies(trainer)):
             listen(module)
+        # A fit goes on from what the module is; an evaluation may look back.
+        let_rewind(pl_module, stage != "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Leave the module as other Trainers expect it."""
+        let_rewind(pl_module, allowed=False)
         if shards(trainer.strategy):
             after_sharding(trainer, pl_module)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -133,8 +134,10 @@ class QuantizationAwareTraining(OperationCallback):
         bits = operation["settings"][0]["weight"]["bits"]
         layers = [name for name, module in named_layers(root) if is_eligible(module)]
         left = [name for name in layers if name not in operation["targets"]]
-        others = f"; left alone: {', '.join(left)}" if left else ""
-        return f"quantized {len(operation['targets'])} layers to {bits}-bit weights{others}."
+        others = Counter(type(module).__name__ for module in root.modules() if _has_matrix(module))
+        left += [f"{count} {name}" for name, count in others.items()]
+        alone = f"; left alone: {', '.join(left)}" if left else ""
+        return f"quantized {len(operation['targets'])} layers to {bits}-bit weights{alone}."
 
     def _targets(self, root: nn.Module) -> set[str]:
         return set(self._operation(root, next(iter(self.weight_bits.values())), 0)["targets"])
@@ -144,6 +147,11 @@ class QuantizationAwareTraining(OperationCallback):
 
     def _arguments(self, bits: int) -> QuantizeArguments:
         return {**self.arguments, "weight_bits": bits}
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Tell whether ``module`` has weights of its own that no quantizer is made for, such as a convolution's."""
+    return not is_eligible(module) and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _plain(patterns: Targets) -> Targets:

@@ -121,6 +121,8 @@ class RandomStates(Callback):
         # trainer.estimated_stepping_batches, that is before the state is taken from the checkpoint.
         trainer.fit_loop._load_combined_loader_states()
         mend_epoch_count(trainer)
+        if self._pending is not None:
+            _name_forgetful_loaders(trainer)
 
     @override
     def on_train_batch_start(
@@ -135,4 +137,20 @@ class RandomStates(Callback):
             rank_zero_warn(
                 f"The checkpoint holds the random states of {len(states)} processes, but {trainer.world_size} train"
                 " now: dropout goes on with other random numbers."
+            )
+
+
+def _name_forgetful_loaders(trainer: pl.Trainer) -> None:
+    """Warn of loaders that begin at their first batch, where the run that saved the checkpoint was further on."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is None or not 0 < done < trainer.num_training_batches:
+        return
+    for loader in loaders.flattened:
+        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+            source = type(getattr(loader, "dataset", loader)).__name__
+            rank_zero_warn(
+                f"The training loader {type(loader).__name__} of {source} keeps no state: after {done} batches of its"
+                " epoch, training goes on with the epoch's first ones. Give it state_dict and load_state_dict, or"
+                " resume from a checkpoint at an epoch's end."
             )

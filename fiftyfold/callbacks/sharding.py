@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.checkpoint import checkpoint_structure
-from fiftyfold.modules.structure import attach_structure, logs_by_part, replay
+from fiftyfold.modules.structure import attach_structure, loading_values, logs_by_part, replay
 
 _MARK = "_fiftyfold_original"
 _KEEP_PARAMETERS = frozenset({"quantize"})
@@ -96,7 +98,23 @@ def replay_checkpoint(path: str | Path, module: LightningModule) -> None:
     for part, log in checkpoint_structure(path).items():
         root = module.get_submodule(part)
         attach_structure(root)
-        replay(root, log)
+        with loading_values():
+            replay(root, log)
+
+
+def share_new_parameters(root: nn.Module, known: set[int], trainer: Trainer) -> None:
+    """Give every rank the first rank's values of the parameters that an operation made.
+
+    Ranks on unlike hardware may compute other values, and a sharded model is put together from all ranks' parts.
+
+    Args:
+        root: what was changed, not yet sharded.
+        known: ids of the parameters that it had before.
+        trainer: its strategy joins the ranks.
+    """
+    for parameter in root.parameters():
+        if id(parameter) not in known and not parameter.is_meta and trainer.world_size > 1:
+            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def _refuse_tensor_parallel(module: nn.Module) -> None:

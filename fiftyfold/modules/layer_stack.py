@@ -74,6 +74,7 @@ def keep_layers(model: nn.Module, name: str, layers: Sequence[int]) -> None:
     if any(isinstance(parameter, DTensor) for parameter in stack.parameters()):
         raise FiftyfoldError("layers cannot be dropped from a sharded model; reduce it before it is sharded.")
     total, kept = len(stack), [stack[index] for index in layers]
+    _refuse_scaling_by_number(kept, layers)
     # The list object stays: other attributes may refer to it.
     del stack[:]
     stack.extend(kept)
@@ -113,6 +114,18 @@ def _weight(stack: nn.Module) -> tuple[int, int]:
     parameters = list(stack.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trained, sum(parameter.numel() for parameter in parameters)
+
+
+def _refuse_scaling_by_number(kept: Sequence[nn.Module], layers: Sequence[int]) -> None:
+    """GPT-2 can divide the attention scores of layer i by i + 1, which another number would change."""
+    for number, (layer, index) in enumerate(zip(kept, layers, strict=True)):
+        scaled = any(getattr(module, "scale_attn_by_inverse_layer_idx", False) for module in layer.modules())
+        if scaled and number != index:
+            raise FiftyfoldError(
+                f"layer {index} divides its attention scores by {index + 1} (scale_attn_by_inverse_layer_idx), and as "
+                f"layer {number} it would divide by {number + 1}; divide its query weights and biases by {index + 1} "
+                "instead, turn the option off in the configuration, and drop layers then."
+            )
 
 
 def _renumber(stack: nn.ModuleList) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -32,16 +33,20 @@ STATE_KEY = "fiftyfold_structure"
 
 _LOG_ATTRIBUTE = "_fiftyfold_structure"
 _LISTENS_ATTRIBUTE = "_fiftyfold_listens"
+_REWINDS_ATTRIBUTE = "_fiftyfold_rewinds"
 _FORMAT_VERSION = 1
 _LARGEST_LOG_BYTES = 16 * 2**20
 
 Replay = Callable[[nn.Module, Operation], None]
 _REPLAYS: dict[str, Replay] = {}
 _VALUES_FOLLOW = contextvars.ContextVar("values_follow", default=False)
+_UNDOS: dict[str, Replay] = {}
 _FORBIDDEN_AFTER: dict[str, frozenset[str]] = {}
 
 
-def register_operation(name: str, replay: Replay, *, forbidden_after: Iterable[str] = ()) -> None:
+def register_operation(
+    name: str, replay: Replay, *, forbidden_after: Iterable[str] = (), undo: Replay | None = None
+) -> None:
     """Teach the log one kind of operation.
 
     Args:
@@ -49,7 +54,10 @@ def register_operation(name: str, replay: Replay, *, forbidden_after: Iterable[s
         replay: changes a module in place as the operation says. It must take every choice from the operation and
             decide nothing anew, and it must work on the meta device.
         forbidden_after: kinds of operation that must not stand before this one in a log.
+        undo: takes the operation back, if it is the last one; for kinds that change no parameter.
     """
+    if undo is not None:
+        _UNDOS[name] = undo
     _REPLAYS[name] = replay
     _FORBIDDEN_AFTER[name] = frozenset(forbidden_after)
 
@@ -75,6 +83,12 @@ def listen(module: nn.Module) -> None:
     if not getattr(module, _LISTENS_ATTRIBUTE, False):
         setattr(module, _LISTENS_ATTRIBUTE, True)
         module.register_load_state_dict_pre_hook(_load_structure)
+
+
+def let_rewind(module: nn.Module, allowed: bool) -> None:
+    """Let ``module`` go back to an earlier structure when an earlier checkpoint is loaded, where that can be undone."""
+    for part in (module, compression_root(module)):
+        setattr(part, _REWINDS_ATTRIBUTE, allowed)
 
 
 def has_structure(model: nn.Module) -> bool:
@@ -146,6 +160,7 @@ def replay(model: nn.Module, log: Iterable[Operation]) -> None:
         FiftyfoldError: if the model's own log is not the beginning of ``log``.
     """
     wanted = list(log)
+    _rewind(model, wanted)
     have = structure_log(model)
     if wanted[: len(have)] != have:
         raise FiftyfoldError(
@@ -271,11 +286,31 @@ def _load_structure(module: nn.Module, state_dict: MutableMapping[str, Any], pre
     if written is not None:
         with loading_values():
             replay(module, decode_log(written))
-    elif log := structure_log(module):
+        return
+    _rewind(module, [])
+    if log := structure_log(module):
         raise FiftyfoldError(
             f"the state dict has no structure log, but the model was already changed ({_describe(log)}); "
-            "load it before the model is compressed."
+            "load it into a fresh model, built as it was before anything compressed it."
         )
+
+
+def _rewind(model: nn.Module, wanted: list[Operation]) -> None:
+    """Take back what ``model`` has had beyond the log ``wanted``, if it may and if all of that can be undone."""
+    log: list[Operation] = getattr(model, _LOG_ATTRIBUTE, [])
+    common = next((at for at, (one, other) in enumerate(zip(log, wanted, strict=False)) if one != other), None)
+    common = min(len(log), len(wanted)) if common is None else common
+    beyond = log[common:]
+    if not beyond or not getattr(model, _REWINDS_ATTRIBUTE, False):
+        return
+    if all(operation["op"] in _UNDOS for operation in beyond):
+        warnings.warn(
+            f"the checkpoint was saved before {_describe(beyond)}; the model goes back to what it was then.",
+            stacklevel=2,
+        )
+        while len(log) > common:
+            operation = log.pop()
+            _UNDOS[operation["op"]](model, operation)
 
 
 def _attach_part(module: nn.Module, path: str) -> None:

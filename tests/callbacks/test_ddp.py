@@ -1,4 +1,4 @@
-"""Two processes that see different data stay one model through every operation."""
+"""Two processes stay one model through every operation, and train as one process does on the data of both."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from fiftyfold.modules.structure import replaying
+from fiftyfold.modules.structure import replaying, structure_log
 from fiftyfold.modules.surgery import parameter_checksum
 from tests.cases import CASES
-from tests.strangers import STEPS, OddUser, assert_same_tensors, make_trainer
+from tests.ranks import run_on_ranks
+from tests.strangers import STEPS, OddUser, SplitUser, assert_same_tensors, make_trainer
 
 
 class _EqualRanks(Callback):
@@ -47,6 +48,48 @@ def test_two_ranks(tmp_path):
             whole, resumed = (torch.load(folder / f"step={later}.ckpt") for folder in (tmp_path, again))
             assert_same_tensors(whole["state_dict"], resumed["state_dict"], f"step {later}, resumed from {step}")
             assert_same_moments(whole["optimizer_states"], resumed["optimizer_states"], f"step {later}")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2, "max_epochs": 4}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_the_same_training_as_one_process(options):
+    """Every case of the table, in one pair of processes; the global batch is the same."""
+
+    def fit(case, **strategy):
+        module, equal = SplitUser(), _EqualRanges()
+        make_trainer([*case.callbacks(), *([equal] if strategy else [])], **strategy, **options).fit(module)
+        return module.state_dict(), structure_log(module)
+
+    def body():
+        return [fit(case, strategy="ddp", devices=2) for case in CASES]
+
+    both = run_on_ranks(body)
+    for case, first, second in zip(CASES, *both, strict=True):
+        assert_same_tensors(first[0], second[0], f"{case}: the ranks")
+        state, log = fit(case)
+        # What pruning measures is a sum of cosines, whose last digits hang on the size of the batch.
+        assert [{**entry, "importance": 0} for entry in first[1]] == [{**entry, "importance": 0} for entry in log]
+        for name, value in state.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(first[0][name], value, **_tolerance(case, options), msg=f"{case}: {name}")
+
+
+def _tolerance(case, options):
+    if "precision" in options:
+        return {"rtol": 0.1, "atol": 0.05}
+    # Within a step each rank quantizes its inputs by 5 % of its own batch's range, and only then takes the common one.
+    return {"rtol": 0.1, "atol": 0.02} if "static" in case.name else {"rtol": 1e-4, "atol": 1e-5}
+
+
+class _EqualRanges(Callback):
+    """After each batch the ranks hold the same static ranges."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        found = [buffer for name, buffer in pl_module.named_buffers() if "activation" in name]
+        if found:
+            gathered = trainer.strategy.all_gather(torch.stack(found))
+            assert torch.equal(gathered[0], gathered[1])
 
 
 def assert_same_moments(first, second, where):

@@ -28,17 +28,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
+from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining, TensorNetworkDecomposition
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import reduce_layers
+from fiftyfold.modules import reduce_layers, tensorize
 from fiftyfold.modules.checkpoint import checkpoint_structure
 from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.quantization.ranges import ranges
 from fiftyfold.modules.structure import STATE_KEY, structure_log
 from tests.ranks import RANKS, run_on_ranks
-from tests.strangers import OddUser, _Net, _Residual, assert_same_tensors, make_trainer
-
-ROWS = 4 * RANKS
+from tests.strangers import OddUser, SplitUser, _Net, _Residual, assert_same_tensors, make_trainer
 
 
 class CPUFSDP(FSDPStrategy):
@@ -72,26 +70,7 @@ class CPUFSDP(FSDPStrategy):
         return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
 
 
-class Plain(OddUser):
-    """Every rank gets its part of the batch that a single process gets whole."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        del self.blocks
-
-    def _loss(self, seed: int) -> torch.Tensor:
-        tokens = torch.randint(20, (ROWS, 12), generator=torch.Generator().manual_seed(seed))
-        parts = self.trainer.world_size
-        tokens = tokens[self.global_rank * ROWS // parts :][: ROWS // parts]
-        logits, words = self.net(tokens)
-        label_loss = nn.functional.cross_entropy(logits, tokens[:, 0] % 2)
-        return label_loss + nn.functional.cross_entropy(words.flatten(0, 1), tokens.flatten())
-
-    def seed_of(self, batch_idx: int) -> int:
-        return 1000 * self.current_epoch + 10 * batch_idx
-
-
-class Sharding(Plain):
+class Sharding(SplitUser):
     """Shards itself, its layers each by itself, as ModelParallelStrategy asks for it."""
 
     def configure_model(self) -> None:
@@ -134,9 +113,9 @@ def model_parallel(**options: Any) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, **options)
 
 
-STRATEGIES: dict[str, tuple[type[Plain], Callable[[], Any]]] = {
-    "fsdp": (Plain, lambda: CPUFSDP(auto_wrap_policy={_Residual})),
-    "fsdp, flat": (Plain, lambda: CPUFSDP(sharding_strategy="SHARD_GRAD_OP")),
+STRATEGIES: dict[str, tuple[type[SplitUser], Callable[[], Any]]] = {
+    "fsdp": (SplitUser, lambda: CPUFSDP(auto_wrap_policy={_Residual})),
+    "fsdp, flat": (SplitUser, lambda: CPUFSDP(sharding_strategy="SHARD_GRAD_OP")),
     "model parallel": (Sharding, model_parallel),
     "model parallel, built late, one file": (LateSharding, lambda: model_parallel(save_distributed_checkpoint=False)),
 }
@@ -148,10 +127,12 @@ QUANTIZERS: Callable[[], list[Callback]] = lambda: [  # noqa: E731
 
 
 def everything() -> list[Callback]:
-    return [LayerReduction(keep=3), *QUANTIZERS()]
+    return [LayerReduction(keep=3), TensorNetworkDecomposition(2, 4, targets=r"\.down$"), *QUANTIZERS()]
 
 
-def fit(module: Plain, callbacks: list[Callback], strategy: Any = "auto", folder: Path | None = None, **options: Any):
+def fit(
+    module: SplitUser, callbacks: list[Callback], strategy: Any = "auto", folder: Path | None = None, **options: Any
+):
     weights = _Weights()
     path = options.pop("ckpt_path", None)
     known = options.pop("known", None)
@@ -165,9 +146,10 @@ def fit(module: Plain, callbacks: list[Callback], strategy: Any = "auto", folder
 
 def single_device(callbacks: list[Callback], reduced: bool, **options: Any) -> dict[str, torch.Tensor]:
     """The same on one device; layers go before the optimizer is made, as they do where the model is sharded."""
-    module = Plain()
+    module = SplitUser()
     if reduced:
         reduce_layers(module, keep=3)
+        tensorize(module, 2, 4, targets=r"\.down$")
     return fit(module, callbacks, **options)[1]
 
 
@@ -202,7 +184,7 @@ def test_training_and_resume(name, tmp_path):
     results = run_on_ranks(body)
     expected = single_device(QUANTIZERS(), reduced=not late)
     for rank, (state, log, _) in enumerate(results):
-        assert [entry["op"] for entry in log] == ["reduce_layers"] * (not late) + ["quantize"] * 3
+        assert [entry["op"] for entry in log] == ["reduce_layers", "tensorize"] * (not late) + ["quantize"] * 3
         # One file is written by one rank, which alone puts the weights together.
         if rank == 0 or not name.startswith("model parallel,"):
             assert_close(state, expected)
@@ -286,6 +268,6 @@ def test_tensor_parallelism_is_refused():
 def test_a_module_that_does_not_shard_itself_is_lightnings_to_refuse():
     def body():
         with pytest.raises(TypeError, match="configure_model"):
-            fit(Plain(), [QuantizationAwareTraining()], model_parallel())
+            fit(SplitUser(), [QuantizationAwareTraining()], model_parallel())
 
     run_on_ranks(body)

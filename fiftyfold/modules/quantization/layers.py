@@ -44,12 +44,14 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         settings: how the layer is quantized; ``None`` while it is dormant.
+        earlier: how it was quantized before, oldest first.
     """
 
     weight: torch.Tensor
     activation_low: torch.Tensor
     activation_high: torch.Tensor
     settings: LayerSettings | None = None
+    earlier: tuple[LayerSettings | None, ...] = ()
 
     def canonical_weight(self) -> torch.Tensor:
         """Return the latent weight as (output channels or rows, inputs)."""
@@ -237,7 +239,19 @@ def activate(module: nn.Module, settings: LayerSettings) -> None:
     install(module, settings.activation)
     if settings.activation is None or settings.activation.range != "static":
         _remove_ranges(module)
-    module.settings = settings  # type: ignore[assignment]
+    assert isinstance(module, QuantizedLayer)
+    module.earlier = (*module.earlier, module.settings)
+    module.settings = settings
+
+
+def deactivate(module: nn.Module) -> None:
+    """Quantize ``module`` as it was quantized before the last :func:`activate`; static ranges are observed anew."""
+    assert isinstance(module, QuantizedLayer)
+    *earlier, module.settings = module.earlier
+    module.earlier = tuple(earlier)
+    _remove_ranges(module)
+    if module.settings is not None:
+        install(module, module.settings.activation)
 
 
 def check_settings(module: nn.Module, settings: LayerSettings) -> None:
@@ -272,6 +286,7 @@ def remove_quantization(model: nn.Module) -> None:
         if isinstance(module, QuantizedLayer):
             _remove_ranges(module)
             module.__dict__.pop("settings", None)
+            module.__dict__.pop("earlier", None)
             module.__class__ = _DENSE[type(module)]  # type: ignore[assignment]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.layers import activate, check_settings, install, leave_fused_paths
+from fiftyfold.modules.quantization.layers import activate, check_settings, deactivate, install, leave_fused_paths
 from fiftyfold.modules.quantization.settings import (
     ActivationRange,
     ActivationSettings,
@@ -195,6 +195,12 @@ def _replay(model: nn.Module, operation: Operation) -> None:
     leave_fused_paths(model)
 
 
+def _undo(model: nn.Module, operation: Operation) -> None:
+    layers = dict(named_layers(model))
+    for name in operation["targets"]:
+        deactivate(layers[name])
+
+
 def _read(operation: Operation) -> dict[str, LayerSettings]:
     try:
         values: list[Any] = operation["settings"]
@@ -204,4 +210,4 @@ def _read(operation: Operation) -> dict[str, LayerSettings]:
         raise FiftyfoldError("the log's entry 'quantize' cannot be read; the file is corrupt.") from error
 
 
-register_operation("quantize", _replay)
+register_operation("quantize", _replay, undo=_undo)
