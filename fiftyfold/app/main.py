@@ -72,11 +72,19 @@ def _dispatch(words: list[str]) -> int:
 def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.augment import augment
     from fiftyfold.app.compress import compress
+    from fiftyfold.app.evaluate import evaluate
     from fiftyfold.app.export import export
     from fiftyfold.app.quickstart import quickstart
     from fiftyfold.app.report import report
 
-    return {"quickstart": quickstart, "compress": compress, "augment": augment, "export": export, "report": report}
+    return {
+        "quickstart": quickstart,
+        "compress": compress,
+        "augment": augment,
+        "export": export,
+        "evaluate": evaluate,
+        "report": report,
+    }
 
 
 def _overview() -> str:

@@ -127,6 +127,11 @@ class LanguageModelingDataModule(LightningDataModule):
             return self._sequence_length
         return min(LONGEST_DEFAULT, int(self.tokenizer.model_max_length))
 
+    def last_split(self) -> str:
+        """Return ``test`` if the data have it, else ``validation``, else ``train``."""
+        sources = self._sources()
+        return next(split for split in ("test", "validation", "train") if split in sources)
+
     def documents(self, split: str) -> list[torch.Tensor]:
         """Return the documents of ``train``, ``validation`` or ``test``, tokens without special ones, [tokens] each.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.evaluation_task import EvaluationTask, UnnamedTask
+from fiftyfold.modules.evaluation_task import EvaluationTask, UnnamedTask, fit_vocabulary
 from fiftyfold.modules.pretrained import Objective, load_trainable_language_model
 from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch, TaskModule, model_inputs
@@ -153,6 +154,15 @@ def check_length(model: PreTrainedModel, length: int, role: str) -> None:
         raise FiftyfoldError(
             f"the sequences have {length} tokens, and the {role} reads at most {longest}; lower sequence_length."
         )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    """Refuse a tokenizer that has more tokens than the model knows.
+
+    Raises:
+        FiftyfoldError: if it has.
+    """
+    fit_vocabulary(copy.copy(model.config), tokenizer, role)
 
 
 class _Perplexity(MeanMetric):
