@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiftyfold.modules.layer_pruning import prune_layers
 from fiftyfold.modules.layer_reduction import reduce_layers
+from fiftyfold.modules.quantization.bitsandbytes_layers import quantize_bitsandbytes
 from fiftyfold.modules.quantization.quantize import quantize
 from fiftyfold.modules.tensor_network.tensorize import tensorize
 
@@ -46,6 +47,7 @@ __all__ = [
     "load_from_checkpoint",
     "prune_layers",
     "quantize",
+    "quantize_bitsandbytes",
     "reduce_layers",
     "tensorize",
 ]

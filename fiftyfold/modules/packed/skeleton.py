@@ -14,7 +14,9 @@ from fiftyfold.modules.packed.layers import STORED_BUFFERS, PackedConv1D, Packed
 from fiftyfold.modules.packed.manifest import Kind, Manifest, PackedEntry
 from fiftyfold.modules.packed.networks import packed_network
 from fiftyfold.modules.packed.weights_file import TensorHeader
-from fiftyfold.modules.structure import STATE_KEY
+from fiftyfold.modules.quantization.bitsandbytes_layers import OPERATION as BITSANDBYTES
+from fiftyfold.modules.quantization.bitsandbytes_layers import replay_bitsandbytes
+from fiftyfold.modules.structure import STATE_KEY, loading_values
 from fiftyfold.modules.surgery import leave_fused_paths, replace_module
 from fiftyfold.modules.tensor_network.layers import (
     PIVOTS,
@@ -48,6 +50,7 @@ def install_packed_layers(model: nn.Module, manifest: Manifest) -> None:
     Raises:
         FiftyfoldError: if a module is absent or is not what the manifest says.
     """
+    install_bitsandbytes_layers(model, manifest)
     for name, entry in manifest.packed.items():
         dense = _find(model, name)
         _check_fit(name, dense, entry)
@@ -57,6 +60,16 @@ def install_packed_layers(model: nn.Module, manifest: Manifest) -> None:
             replace_module(model, dense, packed_layer(name, dense, entry))
     share_tied_tensors(model, manifest)
     leave_fused_paths(model, (PackedLayer, TensorNetworkLayer))
+
+
+def install_bitsandbytes_layers(model: nn.Module, manifest: Manifest) -> None:
+    """Put in the layers that hold bitsandbytes' codes, which the manifest's log alone knows of."""
+    names = {name for name, _ in model.named_modules()}
+    with loading_values():
+        for operation in manifest.structure:
+            # A part of the exported model, such as its backbone, has other names; its loading then fails by the shape.
+            if operation["op"] == BITSANDBYTES and names.issuperset(operation["targets"]):
+                replay_bitsandbytes(model, operation)
 
 
 def packed_layer(name: str, dense: nn.Module, entry: PackedEntry) -> PackedLayer:
