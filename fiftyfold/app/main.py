@@ -74,6 +74,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.compress import compress
     from fiftyfold.app.evaluate import evaluate
     from fiftyfold.app.export import export
+    from fiftyfold.app.plan import plan
     from fiftyfold.app.quickstart import quickstart
     from fiftyfold.app.report import report
 
@@ -83,6 +84,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
         "augment": augment,
         "export": export,
         "evaluate": evaluate,
+        "plan": plan,
         "report": report,
     }
 

@@ -14,6 +14,7 @@ from fiftyfold.modules.packed.contents import Contents
 from fiftyfold.modules.packed.layers import STORED_BUFFERS
 from fiftyfold.modules.packed.manifest import PackedEntry, RestDtype
 from fiftyfold.modules.packed.skeleton import expected_tensors
+from fiftyfold.modules.quantization.bitsandbytes_layers import BitsandbytesLinear
 from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.quantization.targets import find_targets
 
@@ -89,7 +90,8 @@ def count_parameters(model: nn.Module, contents: Contents) -> tuple[int, int]:
         for name, tensor in expected_tensors(model).items()
         if isinstance(tensor, nn.Parameter) and name not in weights
     )
-    return packed + rest, packed
+    held = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, BitsandbytesLinear))
+    return packed + rest + held, packed + held
 
 
 def ideal_ratio(contents: Contents) -> float | None:

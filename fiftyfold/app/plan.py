@@ -1,0 +1,220 @@
+"""``fiftyfold plan``: bytes and parameters before and after, from a bare configuration, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import yaml
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from fiftyfold.app.trainer_cli import RECIPES
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules import quantize, quantize_bitsandbytes, reduce_layers, tensorize
+from fiftyfold.modules.quantization.bitsandbytes_layers import Bits
+from fiftyfold.modules.sizes import Size, model_size
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of a plan.
+
+    Attributes:
+        model: what has been done up to here.
+        numbers: type of the numbers.
+        parameters: how many numbers are kept.
+        gigabytes: 10⁹ bytes of the weights in a file.
+    """
+
+    model: str
+    numbers: str
+    parameters: int
+    gigabytes: float
+
+
+def plan(
+    model: str,
+    *,
+    recipe: str | None = None,
+    layers: Literal["all", "every-other", "first", "last"] | list[int] = "all",
+    keep_layers: int | None = None,
+    keep: float | None = None,
+    bond_dimension: int | None = None,
+    cores: int = 3,
+    exclude: list[str] | None = None,
+    weight_bits: Literal[1, 2, 3, 4, 8] | None = None,
+    rest_bits: Literal[4, 8] | None = None,
+    rest_targets: list[str] | None = None,
+    output: str | None = None,
+) -> None:
+    """Tell what a compression would come to, before anything is downloaded or trained.
+
+    Args:
+        model: a folder, a hub id, a configuration file, or one that is shipped: compactifai/llama2_7b.
+        recipe: a recipe for `fiftyfold fit`, such as compactifai/size_faithful; its callbacks are what is done.
+        layers: which layers to keep.
+        keep_layers: how many, with every-other, first or last.
+        keep: share of each matrix's numbers that its tensor network keeps.
+        bond_dimension: size of the networks' bonds, instead of keep.
+        cores: cores of each network.
+        exclude: patterns of names that are not tensorized.
+        weight_bits: quantize weights, cores included, with fiftyfold's own quantizer.
+        rest_bits: quantize dense linear layers that are left to so many bits by bitsandbytes.
+        rest_targets: patterns of those layers' names; by default all of them.
+        output: a JSON file to write the rows to.
+    """
+    if output is not None and Path(output).exists():
+        raise FiftyfoldError(f"{output} is there already; name another file.")
+    steps: list[tuple[str, Callable[[nn.Module], object]]] = []
+    if layers != "all":
+        steps.append(("layers reduced", lambda m: reduce_layers(m, layers, keep_layers)))
+    if keep is not None or bond_dimension is not None:
+        bond = 64 if bond_dimension is None else bond_dimension
+        steps.append(("tensorized", lambda m: tensorize(m, cores, bond, keep=keep, exclude=exclude or ())))
+    if weight_bits is not None:
+        steps.append((f"{weight_bits}-bit weights", lambda m: quantize(m, weight_bits=weight_bits)))
+    rows = make_plan(empty_model(model), [*(recipe_steps(recipe) if recipe else []), *steps], rest_bits, rest_targets)
+    print_plan(rows, title=f"{model}{' · ' + recipe if recipe else ''}")
+    if output is not None:
+        Path(output).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+def make_plan(
+    model: PreTrainedModel,
+    steps: Sequence[tuple[str, Callable[[nn.Module], object]]],
+    rest_bits: Bits | None = None,
+    rest_targets: Sequence[str] | None = None,
+) -> list[PlanRow]:
+    """Carry steps out on a model, on the meta device for instance, and measure after each.
+
+    Returns:
+        First the original in float32 and float16 and, without scales, in int8 and int4, as plain quantization would
+        have it; then a row after each step.
+    """
+    whole = model_size(model, 4)
+    rows = [
+        PlanRow("original", kind, whole.parameters, whole.parameters * bits / 8e9)
+        for kind, bits in (("float32", 32), ("float16", 16), ("int8", 8), ("int4", 4))
+    ]
+    for name, step in steps:
+        step(model)
+        rows.append(_row(name, "float16", model_size(model)))
+    if rest_bits is not None:
+        targets: Any = r"\." if rest_targets is None else rest_targets
+        quantize_bitsandbytes(model, rest_bits, targets=targets)
+        rows.append(_row(f"rest in {rest_bits} bits", "mixed", model_size(model)))
+    return rows
+
+
+def empty_model(source: str) -> PreTrainedModel:
+    """Build a model without weights, on the meta device.
+
+    Args:
+        source: as for :func:`plan`.
+
+    Raises:
+        FiftyfoldError: if there is no such configuration, or transformers does not know its model.
+    """
+    config = _read_config(source)
+    names = config.architectures or []
+    kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
+    if kind is None:
+        raise FiftyfoldError(f"transformers has no class {names[0]}, which the configuration {source!r} names.")
+    build = kind._from_config if names else kind.from_config
+    with torch.device("meta"):
+        return build(config)
+
+
+def recipe_steps(recipe: str) -> list[tuple[str, Callable[[nn.Module], object]]]:
+    """Return what the callbacks of a recipe do to a model in the end, in their order.
+
+    Raises:
+        FiftyfoldError: if the recipe cannot be read, or its callbacks compress nothing.
+    """
+    path = next((p for p in (Path(recipe), RECIPES / f"{recipe}.yaml") if p.is_file()), None)
+    if path is None:
+        raise FiftyfoldError(f"there is no recipe {recipe!r}; name a YAML file or a shipped one.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        callbacks = content["trainer"]["callbacks"]
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FiftyfoldError(f"{path} is no recipe with callbacks of a trainer.") from error
+    steps = []
+    for callback in callbacks:
+        name, arguments = str(callback["class_path"]).rpartition(".")[2], dict(callback.get("init_args") or {})
+        if name in _STEPS:
+            text, step = _STEPS[name]
+            steps.append((text, _bound(step, arguments)))
+    if not steps:
+        raise FiftyfoldError(f"no callback of {path} compresses anything.")
+    return steps
+
+
+def print_plan(rows: Sequence[PlanRow], *, title: str) -> None:
+    """Print a plan; the last columns compare with float16 and float32."""
+    table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False, pad_edge=False)
+    for heading in ("", "numbers", "parameters", "GB", "of float16", "of float32"):
+        table.add_column(heading, justify="left" if heading in ("", "numbers") else "right")
+    whole, half = rows[0].gigabytes, rows[1].gigabytes
+    for row in rows:
+        table.add_row(
+            row.model,
+            row.numbers,
+            f"{row.parameters / 1e9:.3f} B" if row.parameters >= 10**9 else f"{row.parameters / 1e6:.2f} M",
+            f"{row.gigabytes:.2f}" if row.gigabytes >= 0.1 else f"{row.gigabytes:.5f}",
+            f"{row.gigabytes / half:.1%}",
+            f"{row.gigabytes / whole:.1%}",
+        )
+    Console().print(table)
+
+
+def _row(name: str, numbers: str, size: Size) -> PlanRow:
+    return PlanRow(name, numbers, size.parameters, size.bytes / 1e9)
+
+
+def _read_config(source: str) -> PretrainedConfig:
+    path = next((p for p in (Path(source).expanduser(), RECIPES / f"{source}.json") if p.exists()), None)
+    try:
+        return AutoConfig.from_pretrained(source if path is None else path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FiftyfoldError(f"no configuration can be read from {source!r} ({reason}).") from error
+
+
+def _last(value: Any) -> Any:
+    """Return what a value that steps down by moments comes to."""
+    return list(value.values())[-1] if isinstance(value, Mapping) else value
+
+
+def _tensorize(model: nn.Module, arguments: dict[str, Any]) -> None:
+    tensorize(model, **{name: _last(value) for name, value in arguments.items() if name != "start"})
+
+
+def _quantize(model: nn.Module, arguments: dict[str, Any]) -> None:
+    quantize(model, **{name: _last(value) for name, value in arguments.items() if name != "start"})
+
+
+def _reduce(model: nn.Module, arguments: dict[str, Any]) -> None:
+    reduce_layers(model, arguments.get("layers", "every-other"), arguments.get("keep"))
+
+
+_STEPS: dict[str, tuple[str, Callable[[nn.Module, dict[str, Any]], None]]] = {
+    "TensorNetworkDecomposition": ("tensorized", _tensorize),
+    "LayerReduction": ("layers reduced", _reduce),
+    "QuantizationAwareTraining": ("quantized", _quantize),
+}
+
+
+def _bound(
+    step: Callable[[nn.Module, dict[str, Any]], None], arguments: dict[str, Any]
+) -> Callable[[nn.Module], object]:
+    return lambda model: step(model, arguments)
