@@ -302,7 +302,8 @@ def matrix_bytes(model: nn.Module, matrices: list[str], cell: Cell | None) -> fl
     total = 0.0
     for name in matrices:
         layer = model.get_submodule(name)
-        if cell is not None and cell.bits == 16 and "gauge" not in cell.method and isinstance(layer, TensorNetworkLayer):
+        free = cell is not None and cell.bits == 16 and "gauge" not in cell.method
+        if free and isinstance(layer, TensorNetworkLayer):
             total += layer.form.count * 2
         else:
             total += model_size(layer).bytes

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--scored-tokens", type=int, default=10**9, help="score so many tokens of each split only")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("medium")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -55,9 +56,10 @@ def main() -> None:
         "wall_seconds_on_a_shared_core": round(seconds),
     }
     for split in ("valid", "test"):
-        nats = mean_loss(model, tokens[split])
+        nats = mean_loss(model, tokens[split][: arguments.scored_tokens])
         words = len((arguments.data / f"{split}.txt").read_text(encoding="utf-8").replace("\n", " <eos> ").split())
         report[split] = {
+            "scored_tokens": min(arguments.scored_tokens, len(tokens[split])),
             "nats_a_token": round(nats, 4),
             "perplexity_a_token": round(math.exp(nats), 2),
             "perplexity_a_word": round(math.exp(nats * len(tokens[split]) / words), 2),

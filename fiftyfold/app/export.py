@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 from fiftyfold.app.remembered import first_line, read_checkpoint
@@ -14,8 +15,11 @@ from fiftyfold.app.training import claim_output
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 from fiftyfold.modules import export as export_folder
+from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
 from fiftyfold.modules.packed.export import written_aside
+from fiftyfold.modules.quantization.bitsandbytes_layers import quantize_bitsandbytes
 from fiftyfold.modules.quantization.layers import quantized_layers
+from fiftyfold.modules.structure import structure_log
 from fiftyfold.modules.task_module import DATA_KEY, TaskModule
 
 
@@ -25,19 +29,23 @@ def export(
     *,
     tokenizer: str | None = None,
     rest_dtype: Literal["float16", "float32"] = "float16",
+    rest_bits: Literal[4, 8] | None = None,
+    rest_targets: list[str] | None = None,
     teacher: str | None = None,
     student: str | None = None,
     model: str | None = None,
 ) -> None:
     """Write the model of a training checkpoint as a packed folder, and verify it by reloading.
 
-    A model that nothing quantized becomes a plain folder of transformers, which can serve as a teacher.
+    A model that nothing quantized or tensorized becomes a plain folder of transformers, which can serve as a teacher.
 
     Args:
         checkpoint: a file that `fiftyfold fit` wrote.
         output: folder to write; must not hold anything.
         tokenizer: folder or hub id of the tokenizer; by default the teacher's.
         rest_dtype: precision of everything that is not quantized.
+        rest_bits: hold dense linear layers that are left in 4 or 8 bits, by bitsandbytes.
+        rest_targets: patterns of those layers' names; by default all of them.
         teacher: where the teacher is now, if it was moved since the training.
         student: the same for the folder that the student began from.
         model: the same for the folder that a fine-tuning began from.
@@ -60,14 +68,22 @@ def export(
         ) from error
     places = {**hyperparameters, **moved}
     words = _load_tokenizer(str(tokenizer or places.get("teacher") or places["model"]))
-    if any(True for _ in quantized_layers(trained)):
+    if rest_bits is not None:
+        quantize_bitsandbytes(trained, rest_bits, targets="." if rest_targets is None else rest_targets)
+    if needs_plug_in(trained):
         report = export_folder(trained, output, tokenizer=words, rest_dtype=rest_dtype)
         print(json.dumps(report.to_json(), indent=2))
     else:
         with written_aside(Path(output).expanduser().resolve()) as aside:
             trained.to(getattr(torch, rest_dtype)).save_pretrained(aside)
             words.save_pretrained(aside)
-        print(f"{output}: a plain folder of transformers in {rest_dtype}, since nothing is quantized")
+        print(f"{output}: a plain folder of transformers in {rest_dtype}; no weight is quantized or tensorized")
+
+
+def needs_plug_in(model: nn.Module) -> bool:
+    """Tell whether a model's weights have another form than transformers expects."""
+    changed = any(operation["op"] != REDUCTION for operation in structure_log(model))
+    return changed or any(True for _ in quantized_layers(model))
 
 
 def _module_class(hyperparameters: dict[str, Any]) -> type[TaskModule]:

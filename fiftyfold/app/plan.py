@@ -109,7 +109,7 @@ def make_plan(
         step(model)
         rows.append(_row(name, "float16", model_size(model)))
     if rest_bits is not None:
-        targets: Any = r"\." if rest_targets is None else rest_targets
+        targets: Any = "." if rest_targets is None else rest_targets
         quantize_bitsandbytes(model, rest_bits, targets=targets)
         rows.append(_row(f"rest in {rest_bits} bits", "mixed", model_size(model)))
     return rows
@@ -145,7 +145,7 @@ def recipe_steps(recipe: str) -> list[tuple[str, Callable[[nn.Module], object]]]
         raise FiftyfoldError(f"there is no recipe {recipe!r}; name a YAML file or a shipped one.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        callbacks = content["trainer"]["callbacks"]
+        callbacks = content["trainer"]["callbacks"] or []
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise FiftyfoldError(f"{path} is no recipe with callbacks of a trainer.") from error
     steps = []

@@ -98,7 +98,7 @@ class BitsandbytesLinear(nn.Module):
 
 
 def quantize_bitsandbytes(
-    model: nn.Module, bits: Bits = 4, *, targets: Targets = r"\.", exclude: Targets = (), step: int = 0
+    model: nn.Module, bits: Bits = 4, *, targets: Targets = ".", exclude: Targets = (), step: int = 0
 ) -> list[str]:
     """Hold the weights of linear layers in bitsandbytes' codes, in place. They train no more.
 
