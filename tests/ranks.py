@@ -8,7 +8,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -37,14 +37,14 @@ def run_on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = RAN
         processes.append(process)
         ends.append(here)
     try:
-        results = [_receive(end, rank) for rank, end in enumerate(ends)]
+        results = _receive(ends)
     finally:
         for process in processes:
-            process.join(timeout=10)
             process.kill()
-    failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(results) if not good]
+            process.join()
+    failures = [f"rank {rank}:\n{result}" for rank, (good, result) in results.items() if not good]
     assert not failures, "\n".join(failures)
-    return [result for _, result in results]
+    return [results[rank][1] for rank in range(ranks)]
 
 
 def free_port() -> int:
@@ -53,15 +53,23 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _receive(end: Connection, rank: int) -> tuple[bool, Any]:
-    if not end.poll(_SECONDS):
-        return False, f"rank {rank} is silent for {_SECONDS} s"
-    try:
-        # By value: tensors sent in torch's own way live in a file that ends with the process.
-        good, result = pickle.loads(end.recv_bytes())
-        return good, result
-    except EOFError:
-        return False, "it died"
+def _receive(ends: list[Connection]) -> dict[int, tuple[bool, Any]]:
+    """Wait for every rank, or for the first one that fails: the others may then wait for it for ever."""
+    results: dict[int, tuple[bool, Any]] = {}
+    while len(results) < len(ends):
+        ready = wait([end for rank, end in enumerate(ends) if rank not in results], timeout=_SECONDS)
+        if not ready:
+            return {**results, -1: (False, f"the ranks beside {sorted(results)} are silent for {_SECONDS} s")}
+        for rank, end in enumerate(ends):
+            if end in ready:
+                try:
+                    # By value: tensors sent in torch's own way live in a file that ends with the process.
+                    results[rank] = pickle.loads(end.recv_bytes())
+                except EOFError:
+                    results[rank] = (False, "it died")
+        if not all(good for good, _ in results.values()):
+            break
+    return results
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int, end: Any) -> None:
