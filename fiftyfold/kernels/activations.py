@@ -9,7 +9,13 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def code_bounds(bits: int, full_range: bool) -> tuple[int, int]:
-    """Return the lowest and highest code of a symmetric grid: -128 and 127, or -127 and 127, for 8 bits."""
+    """Return the lowest and highest code of a symmetric grid: -128 and 127, or -127 and 127, for 8 bits.
+
+    16 bits end at 127 * 257, up to where a code is 256 times one of 8 bits, plus one of 8 bits: integer products take
+    them in two passes.
+    """
+    if bits == 16:
+        return -127 * 257, 127 * 257
     half = 2 ** (bits - 1)
     return (-half if full_range else 1 - half), half - 1
 

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.activations import symmetric_codes, symmetric_scale, token_magnitudes
 
-# 128 * 127 * 2**17 is the largest sum that stays below 2**31.
-LARGEST_INPUTS = 2**17
-
 # The smallest matrices that CUDA's int8 product takes.
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
+
+
+def largest_inputs(bits: int) -> int:
+    """Return of how many inputs of ``bits`` bits the products can be summed below 2**31, whatever they are."""
+    return 2**16 if bits == 16 else 2**17
 
 
 def integer_linear(
@@ -54,12 +56,16 @@ def integer_linear(
     Raises:
         FiftyfoldError: if the shapes do not fit, or the inputs are so many that int32 could overflow.
     """
-    _check(x, codes, weight_scale)
+    _check(x, codes, weight_scale, bits)
     rows = x.reshape(-1, x.shape[-1]).float()
     if clip is not None:
         rows = rows.clamp(-clip, clip)
     input_codes, input_scale = _quantize_tokens(rows, bits, full_range, largest)
-    output = _sum_groups(input_codes, input_scale, codes, weight_scale)
+    groups = zip(input_codes.chunk(len(weight_scale), 1), codes.chunk(len(weight_scale), 1), weight_scale, strict=True)
+    outputs = [_multiply(x, weight, bits).mul_(input_scale).mul_(scale) for x, weight, scale in groups]
+    for part in outputs[1:]:
+        outputs[0].add_(part)
+    output = outputs[0]
     if bias is not None:
         output.add_(bias.float())
     return output.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
@@ -68,7 +74,7 @@ def integer_linear(
 def _quantize_tokens(
     rows: torch.Tensor, bits: int, full_range: bool, largest: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes, and scales (rows, 1) that are NaN where a token has no meaningful codes."""
+    """Return codes as integers in float32, and scales (rows, 1) that are NaN where a token has no meaningful codes."""
     if largest is None:
         largest = token_magnitudes(rows)
         codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
@@ -76,18 +82,23 @@ def _quantize_tokens(
         largest = largest.float().expand(len(rows), 1)
         codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
         largest = largest + codes.sum(dim=1, keepdim=True)  # not a number if one of them is not
-    return codes.to(torch.int8), scale.masked_fill(~largest.isfinite(), torch.nan)
+    return codes, scale.masked_fill(~largest.isfinite(), torch.nan)
 
 
-def _sum_groups(
-    input_codes: torch.Tensor, input_scale: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor
-) -> torch.Tensor:
-    groups = len(weight_scale)
-    parts = zip(input_codes.chunk(groups, dim=1), codes.chunk(groups, dim=1), weight_scale, strict=True)
-    outputs = [multiply_codes(x, weight).mul_(input_scale).mul_(scale) for x, weight, scale in parts]
-    for part in outputs[1:]:
-        outputs[0].add_(part)
-    return outputs[0]
+def _multiply(x: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the sums of products as float32, rounded once.
+
+    Args:
+        x: integers in float32, (rows, inputs).
+        codes: int8, (outputs, inputs).
+        bits: of ``x``; 16 are taken in two passes.
+    """
+    if bits <= 8:
+        return multiply_codes(x.to(torch.int8), codes)
+    high = torch.floor((x + 128) / 256)
+    low = (x - 256 * high).to(torch.int8)
+    sums = multiply_codes(high.to(torch.int8), codes).double().mul_(256)
+    return sums.add_(multiply_codes(low, codes)).float()
 
 
 def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -110,7 +121,7 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return x.float() @ codes.t().float()
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor) -> None:
+def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> None:
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise FiftyfoldError(f"weight codes must be an int8 matrix, not {codes.dtype} of shape {tuple(codes.shape)}.")
     outputs, inputs = codes.shape
@@ -122,8 +133,8 @@ def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor) -> 
             f"weight scales must have shape (groups, {outputs}), with groups that divide {inputs}, "
             f"not {tuple(weight_scale.shape)}."
         )
-    if inputs > LARGEST_INPUTS:
-        raise FiftyfoldError(f"{inputs} inputs are more than the {LARGEST_INPUTS} whose products int32 can sum.")
+    if inputs > largest_inputs(bits):
+        raise FiftyfoldError(f"{inputs} inputs are more than the {largest_inputs(bits)} whose products int32 can sum.")
 
 
 @functools.cache

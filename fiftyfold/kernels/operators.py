@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+import fiftyfold.kernels.cpu  # noqa: F401 - registers its backend
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.backends import LIBRARY, PACKED_BITS, backend_for
 from fiftyfold.kernels.linear import integer_linear
@@ -25,9 +26,12 @@ LIBRARY.define(
     "packed_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int activation_bits=8, "
     "bool full_range=False, float? clip=None, Tensor? largest=None) -> Tensor"
 )
-LIBRARY.define(
-    "packed_embedding(Tensor tokens, Tensor packed, Tensor scale, int bits, int columns, ScalarType dtype) -> Tensor"
-)
+_EMBEDDING = "(Tensor tokens, Tensor packed, Tensor scale, int bits, int columns, ScalarType dtype) -> Tensor"
+LIBRARY.define("packed_embedding" + _EMBEDDING)
+LIBRARY.define("unpacked_embedding" + _EMBEDDING)
+
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of inputs and outputs that backends know."""
 
 
 def arrange_weight(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,10 +93,13 @@ def packed_linear(
         return integer_linear(
             x, weight, scale, bias, bits=activation_bits, full_range=full_range, clip=clip, largest=largest
         )
+    dtype = x.dtype
+    if dtype not in FLOAT_TYPES:
+        x, bias = x.float(), None if bias is None else bias.float()
     result: torch.Tensor = torch.ops.fiftyfold.packed_linear.default(
         x, weight, scale, bias, bits, activation_bits, full_range, clip, largest
     )
-    return result
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 def packed_embedding(
@@ -114,7 +121,12 @@ def packed_embedding(
     Raises:
         IndexError: if a number is not that of a row.
     """
-    result: torch.Tensor = torch.ops.fiftyfold.packed_embedding.default(tokens, packed, scale, bits, columns, dtype)
+    operator = torch.ops.fiftyfold.unpacked_embedding
+    if bits in PACKED_BITS and dtype in FLOAT_TYPES:
+        if not torch.compiler.is_compiling():
+            backend_for(packed.device.type)
+        operator = torch.ops.fiftyfold.packed_embedding
+    result: torch.Tensor = operator.default(tokens, packed, scale, bits, columns, dtype)
     return result
 
 
@@ -130,6 +142,19 @@ def _linear(
     largest: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if weight.dtype != torch.int8:
+        # A program that was exported elsewhere brings arranged weights before anything asked for the backend.
+        if not _implemented_on(x.device.type) and backend_for(x.device.type) and _implemented_on(x.device.type):
+            return packed_linear(
+                x,
+                weight,
+                scale,
+                bias,
+                bits=bits,
+                activation_bits=activation_bits,
+                full_range=full_range,
+                clip=clip,
+                largest=largest,
+            )
         raise FiftyfoldError(
             f"a weight of {bits} bit that was arranged elsewhere cannot be multiplied on {x.device.type}; "
             "arrange it again from its codes."
@@ -137,6 +162,12 @@ def _linear(
     return integer_linear(
         x, weight, scale, bias, bits=activation_bits, full_range=full_range, clip=clip, largest=largest
     )
+
+
+def _implemented_on(device_type: str) -> bool:
+    key = device_type.upper()
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fiftyfold::packed_linear", key)
+    return has
 
 
 def _linear_shape(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: object) -> torch.Tensor:
@@ -160,6 +191,7 @@ def _embedding_shape(
 
 
 LIBRARY.impl("packed_linear", _linear, "CompositeExplicitAutograd")
-LIBRARY.impl("packed_embedding", _embedding, "CompositeExplicitAutograd")
+for _name in ("packed_embedding", "unpacked_embedding"):
+    LIBRARY.impl(_name, _embedding, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fiftyfold::{_name}", _embedding_shape, lib=LIBRARY)
 torch.library.register_fake("fiftyfold::packed_linear", _linear_shape, lib=LIBRARY)
-torch.library.register_fake("fiftyfold::packed_embedding", _embedding_shape, lib=LIBRARY)

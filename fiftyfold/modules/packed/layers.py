@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fiftyfold.kernels.linear import LARGEST_INPUTS
+from fiftyfold.kernels.backends import backend_for
+from fiftyfold.kernels.linear import largest_inputs
 from fiftyfold.kernels.operators import arrange_weight, packed_embedding, packed_linear
 from fiftyfold.kernels.packing import packed_bytes, unpack_codes
 from fiftyfold.kernels.path import current_path
@@ -93,6 +94,9 @@ class PackedLayer(nn.Module):
             self._arranged = arrange_weight(codes, self.weight_scale, self.settings.weight.bits)
         return self._arranged
 
+    def prepare(self) -> None:
+        """Do now what the first call would do for its device: compile kernels, arrange the weight for them."""
+
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the bits stand for, (rows, columns)."""
         return dequantize_weight(self.codes(), self.weight_scale, dtype)
@@ -133,17 +137,27 @@ class PackedLayer(nn.Module):
         stored = {
             name: tensor for name, tensor in self._buffers.items() if tensor is not None and name in STORED_BUFFERS
         }
+        prepared = self._arranged is not None
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         self.forget_codes()
+        if prepared and not self.weight.is_meta:
+            self.prepare()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.forget_codes()
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Make the packed layers of ``model`` ready for its device, so that no call has to; ``torch.compile`` needs it."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer) and not layer.weight.is_meta:
+            layer.prepare()
 
 
 class PackedLinear(PackedLayer):
@@ -178,12 +192,18 @@ class PackedLinear(PackedLayer):
             return self._multiply_integers(x, settings)
         return F.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
 
+    def prepare(self) -> None:
+        """Do now what the first call would do for its device: compile kernels, arrange the weight for them."""
+        settings = self.settings.activation
+        if current_path() == "integer" and settings is not None and settings.symmetric:
+            self.arranged()
+
     def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
         if current_path() == "reference" or not settings.symmetric:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
-        return x.numel() > 0 and self.columns <= LARGEST_INPUTS
+        return x.numel() > 0 and self.columns <= largest_inputs(settings.bits)
 
     def _multiply_integers(self, x: torch.Tensor, settings: ActivationSettings) -> torch.Tensor:
         largest = None
@@ -241,6 +261,10 @@ class PackedEmbedding(PackedLayer):
         self.embedding_dim = columns
         self.padding_idx = padding_idx
         self.register_buffer("output_type", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def prepare(self) -> None:
+        """Do now what the first call would do for its device: compile kernels."""
+        backend_for(self.weight.device.type)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows: (…) integers → (…, embedding_dim).

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.packed.layers import prepare_layers
 from fiftyfold.modules.packed.manifest import Manifest
 from fiftyfold.modules.packed.plugin import METHOD
 from fiftyfold.modules.packed.skeleton import (
@@ -86,6 +87,7 @@ def fill(model: nn.Module, folder: Path, manifest: Manifest) -> None:
             tensor.copy_(tensors[name])
     share_tied_tensors(root, manifest)
     root.requires_grad_(False)
+    prepare_layers(root)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.contents import collect_tensors, describe
+from fiftyfold.modules.packed.layers import prepare_layers
 from fiftyfold.modules.packed.manifest import Manifest
 from fiftyfold.modules.packed.skeleton import (
     SHARED_BUFFERS,
@@ -110,6 +111,7 @@ class FiftyfoldQuantizer(HfQuantizer):
             # The file is mapped into memory, where a tensor may begin at any address; sums over numbers that are not
             # aligned may be rounded in another order, and equal weights then give unequal outputs.
             tensor.data = tensor.data.clone()
+        prepare_layers(model)
         if _is_exported_class(model):
             model.requires_grad_(False)
             adopt_log(model, self.manifest.structure)

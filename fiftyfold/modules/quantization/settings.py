@@ -13,7 +13,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ActivationRange = Literal["dynamic", "static"]
 
 WEIGHT_BITS = (1, 2, 3, 4, 8)
-ACTIVATION_BITS = (4, 8)
+ACTIVATION_BITS = (4, 8, 16)
 
 _Settings = TypeVar("_Settings", "WeightSettings", "ActivationSettings")
 
@@ -67,7 +67,7 @@ class ActivationSettings:
     """How the input of a layer is quantized.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 4, 8 or 16. Integer products take 16 bits in two passes of 8, and so twice the time.
         symmetric: whether zero is in the middle of the grid; otherwise the grid runs from the lowest to the highest
             value.
         range: ``"dynamic"`` gives each token its own range, measured as it passes; ``"static"`` gives the whole input
@@ -88,6 +88,8 @@ class ActivationSettings:
         _check_choice("activation_range", self.range, get_args(ActivationRange))
         _check_flag("symmetric", self.symmetric)
         _check_flag("full_range", self.full_range)
+        if self.full_range and self.bits == 16:
+            raise FiftyfoldError("activations of 16 bits have no full range; leave full_range out.")
         _check_clip(self.clip)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Compiling the C++ kernels: once for each state of their sources, into a cache or into a wheel.
+
+Whatever stands in ``cpp/*.cpp`` becomes one library with a plain C interface, free of torch's and Python's headers. It
+finds torch's functions when it is loaded, so that one build serves every version of both. The processor it runs on is
+asked for its instructions then, too; what built it does not matter.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fiftyfold.errors import FiftyfoldError
+
+SOURCES = Path(__file__).parent / "cpp"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where a wheel brings its library, if it brings one."""
+
+CACHE_VARIABLE = "FIFTYFOLD_KERNEL_CACHE"
+"""Environment variable: the folder of compiled libraries, in place of one in the user's cache."""
+
+# Fused multiply-adds would round the outputs otherwise than on other paths.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+
+_SECONDS = 600
+
+
+def compiler() -> list[str] | None:
+    """Return the command of a C++ compiler, ``$CXX`` or the first that is found, or None."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command if shutil.which(command[0]) else None
+    return next(([name] for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+
+
+def source_key() -> str:
+    """Return a digest of the sources and of what they are compiled for."""
+    digest = hashlib.sha256(repr((FLAGS, platform.machine(), sys.platform)).encode())
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def prebuilt_library() -> Path | None:
+    """Return the library that came with the package, unless its sources have changed since."""
+    file = PREBUILT / f"kernels-{source_key()}.so"
+    return file if file.exists() else None
+
+
+def compiled_library() -> Path:
+    """Return the library in the cache, compiling it first where it is missing.
+
+    Of several processes that need it at once, one compiles.
+
+    Raises:
+        FiftyfoldError: if there is no compiler, it fails, or the cache cannot be written.
+    """
+    command = compiler()
+    if command is None:
+        raise FiftyfoldError("no C++ compiler was found")
+    digest = hashlib.sha256((source_key() + _version(tuple(command))).encode()).hexdigest()[:16]
+    folder = cache_folder()
+    file = folder / f"kernels-{digest}.so"
+    if file.exists():
+        return file
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _lock(folder / f"kernels-{digest}.lock"):
+            if not file.exists():
+                compile_library(file, command)
+    except OSError as error:
+        raise FiftyfoldError(
+            f"the cache {folder} cannot be written ({error.strerror}); set {CACHE_VARIABLE}"
+        ) from error
+    return file
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled libraries."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fiftyfold"
+
+
+def compile_library(file: Path, command: list[str], flags: tuple[str, ...] = FLAGS) -> None:
+    """Compile all sources into ``file``, which appears when it is complete.
+
+    Args:
+        file: of the library; its folder exists.
+        command: of the compiler.
+        flags: for it.
+
+    Raises:
+        FiftyfoldError: if the compiler fails.
+    """
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    with tempfile.TemporaryDirectory(prefix="kernels-", dir=file.parent) as folder:
+        unfinished = Path(folder) / file.name
+        try:
+            done = subprocess.run(
+                [*command, *flags, "-o", str(unfinished), *sources, "-ldl"],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise FiftyfoldError(f"{command[0]} could not compile the kernels ({error})") from error
+        if done.returncode or not unfinished.exists():
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "it said nothing")
+            raise FiftyfoldError(f"{command[0]} could not compile the kernels ({reason.strip()})")
+        unfinished.replace(file)
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Wait for the lock, which ends with the process that holds it."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,46 @@
+// What the library offers, in plain C.
+#pragma once
+#include <stdint.h>
+
+#define FF_API extern "C" __attribute__((visibility("default")))
+
+// Types of activations and outputs: 0 float32, 1 bfloat16, 2 float16.
+
+struct FfLinear {
+  const void* x;  // tokens x inputs; a token's entries are neighbours
+  int64_t tokens, inputs, x_stride;
+  const uint8_t* weight;  // arranged
+  const float* scale;     // groups x outputs
+  int64_t groups, outputs;
+  const float* bias;  // or null
+  void* y;            // tokens x outputs
+  const float* largest;  // of a static range, or null
+  float clip;            // or infinity
+  int32_t float_type, weight_bits, activation_bits, full_range;
+};
+
+struct FfEmbedding {
+  const int64_t* tokens;
+  int64_t count, rows, columns;
+  const uint8_t* packed;
+  int64_t packed_bytes;
+  const uint16_t* scale;  // float16, one for each row
+  void* y;                // count x columns
+  int32_t float_type, bits;
+};
+
+FF_API int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits);
+FF_API void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to);
+FF_API void ff_linear(const FfLinear* call);
+// 0, or 1 if a number is not that of a row, or 2 if a byte is none that packing writes.
+FF_API int32_t ff_embedding(const FfEmbedding* call);
+
+// Finds torch's functions in that library, and uses its threads; the name of what is missing, or an empty string.
+FF_API const char* ff_attach(const char* torch_library);
+// Implements the operators on CPUs, after ff_attach; 0 if that worked. Doing it again changes nothing.
+FF_API int32_t ff_register_operators();
+
+FF_API const char* ff_path();
+FF_API const char* ff_supported_path(int32_t index);  // null after the last
+FF_API int32_t ff_choose_path(const char* name);      // 1 if the processor has it
+FF_API int32_t ff_threads();

@@ -1,0 +1,68 @@
+// How weights lie in memory for the products: codes of 1 or 2 bits, in *blocks* of 16 outputs x 32 or 16 inputs.
+//
+// A block is 64 bytes. Its byte 4*o + i holds the codes of output o and of the inputs i, i + 4, i + 8, ...: that of
+// input 4*g + i in the bits from bits*g on. A binary weight of -1, +1 is stored as 0, 1, a ternary one of -1, 0, +1 as
+// 0, 1, 2. So one vector load, shifted and masked, gives the operands of a dot product of four inputs in each 32-bit
+// lane, and every lane is an output of its own, in vectors of any width.
+//
+// Outputs come in *units* of 64, whose four blocks for the same inputs lie side by side; what is left over comes in
+// units of 16. Each group of inputs (those that share scales) is padded to whole blocks; each unit is one stream.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace fiftyfold {
+
+constexpr int kBlockBytes = 64;
+constexpr int kBlockOutputs = 16;
+constexpr int kUnitBlocks = 4;
+constexpr int kUnitOutputs = kBlockOutputs * kUnitBlocks;
+
+struct Arrangement {
+  int64_t outputs, inputs, groups;
+  int bits;
+
+  int64_t block_inputs() const { return 32 / bits; }
+  int64_t group_inputs() const { return inputs / groups; }
+  int64_t group_blocks() const { return (group_inputs() + block_inputs() - 1) / block_inputs(); }
+  int64_t blocks() const { return groups * group_blocks(); }
+  int64_t padded_inputs() const { return blocks() * block_inputs(); }
+  int64_t wide_units() const { return outputs / kUnitOutputs; }
+  int64_t units() const {
+    return wide_units() + (outputs % kUnitOutputs + kBlockOutputs - 1) / kBlockOutputs;
+  }
+  int64_t bytes() const { return (outputs + kBlockOutputs - 1) / kBlockOutputs * blocks() * kBlockBytes; }
+
+  bool is_wide(int64_t unit) const { return unit < wide_units(); }
+  int64_t first_output(int64_t unit) const {
+    return is_wide(unit) ? unit * kUnitOutputs
+                         : wide_units() * kUnitOutputs + (unit - wide_units()) * kBlockOutputs;
+  }
+  int64_t first_byte(int64_t unit) const { return first_output(unit) / kBlockOutputs * blocks() * kBlockBytes; }
+};
+
+// Writes the arrangement of codes (outputs x inputs) into `bytes`, which must have room for `a.bytes()`.
+inline void arrange(const Arrangement& a, const int8_t* codes, uint8_t* bytes) {
+  std::memset(bytes, 0, static_cast<size_t>(a.bytes()));
+  for (int64_t unit = 0; unit < a.units(); unit++) {
+    const int64_t first = a.first_output(unit);
+    const int64_t width = a.is_wide(unit) ? kUnitOutputs : kBlockOutputs;
+    uint8_t* base = bytes + a.first_byte(unit);
+    for (int64_t o = 0; o < width && first + o < a.outputs; o++) {
+      const int8_t* row = codes + (first + o) * a.inputs;
+      uint8_t* lane = base + o / kBlockOutputs * kBlockBytes + o % kBlockOutputs * 4;
+      for (int64_t group = 0; group < a.groups; group++) {
+        uint8_t* cells = lane + group * a.group_blocks() * width * 4;
+        for (int64_t k = 0; k < a.group_inputs(); k++) {
+          const int code = a.bits == 2 ? row[k] + 1 : row[k] > 0;
+          const int64_t within = k % a.block_inputs();
+          cells[k / a.block_inputs() * width * 4 + within % 4] |= static_cast<uint8_t>(code << a.bits * (within / 4));
+        }
+        row += a.group_inputs();
+      }
+    }
+  }
+}
+
+}  // namespace fiftyfold

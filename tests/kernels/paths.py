@@ -1,0 +1,51 @@
+"""The library under test, on each instruction set that this processor has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fiftyfold.kernels.cpu import CpuLibrary, cpu_status
+
+
+def library() -> CpuLibrary:
+    status = cpu_status()
+    if status.library is None:
+        pytest.skip(f"there is no library: {status.reason}")
+    return status.library
+
+
+@contextmanager
+def path(name: str) -> Iterator[None]:
+    found = library()
+    before = found.path()
+    if name not in found.paths():
+        pytest.skip(f"this processor has no {name}")
+    found.choose_path(name)
+    try:
+        yield
+    finally:
+        found.choose_path(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two results are equal, numbers that are none in equal places."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )

@@ -1,0 +1,260 @@
+"""All paths give the bits of one integer reference, whatever the shape, type, thread count and data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiftyfold.kernels.operators import arrange_weight, packed_linear
+from tests.kernels.paths import library, path, same_bits, threads
+
+PATHS = ("avx512", "avxvnni", "avx2", "neondot", "neon", "portable")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_codes(outputs, inputs, bits, generator):
+    codes = torch.randint(0, 2 if bits == 1 else 3, (outputs, inputs), generator=generator)
+    return (codes * 2 - 1 if bits == 1 else codes - 1).to(torch.int8)
+
+
+def reference(x, codes, scale, bias, activation_bits=8, full_range=False, clip=None, largest=None):
+    """Sum in int64, and rescale as ((sum * input_scale) * weight_scale) + bias, in float32."""
+    half = {4: 8, 8: 128, 16: 127 * 256 + 128}[activation_bits]
+    low, high = (-half if full_range else 1 - half), half - 1
+    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = rows if clip is None else rows.clamp(-clip, clip)
+    magnitude = rows.abs().amax(1, keepdim=True) if largest is None else largest.expand(len(rows), 1)
+    divisor = (magnitude / torch.full_like(magnitude, -low)).clamp(min=torch.finfo(torch.float32).tiny)
+    quotient = (rows / divisor).round().clamp(low, high)
+    broken = ~magnitude.isfinite() | quotient.isnan().any(1, keepdim=True)
+    input_codes = quotient.nan_to_num().to(torch.int64)
+    input_scale = divisor.masked_fill(broken, torch.nan)
+    output = None
+    for part, weight, one in zip(input_codes.chunk(len(scale), 1), codes.chunk(len(scale), 1), scale, strict=True):
+        value = (part @ weight.long().t()).float() * input_scale * one
+        output = value if output is None else output + value
+    output = output if bias is None else output + bias.float()
+    return output.to(x.dtype).view(*x.shape[:-1], len(codes))
+
+
+def check(x, codes, scale, bias, bits, **how):
+    weight, arranged = arrange_weight(codes, scale, bits)
+    plain = scale.float().expand(len(codes), -1).t().contiguous()
+    expected = reference(x, codes, plain, bias, **how)
+    result = packed_linear(x, weight, arranged, bias, bits=bits, **how)
+    assert same_bits(result, expected)
+    assert same_bits(packed_linear(x, codes, plain, bias, bits=bits, **how), expected)
+
+
+@st.composite
+def cases(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
+    return {
+        "tokens": draw(
+            st.sampled_from([(0,), (1,), (2,), (3,), (5,), (7,), (13,), (2, 3), (1, 1, 4), (47,), (97,), ()])
+        ),
+        "inputs": groups * draw(st.sampled_from([1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 64, 100, 256, 300])),
+        "outputs": draw(st.sampled_from([1, 2, 7, 15, 16, 17, 48, 63, 64, 65, 80, 127, 130])),
+        "groups": groups,
+        "per_tensor": draw(st.booleans()),
+        "bits": draw(st.sampled_from([1, 2])),
+        "dtype": draw(st.sampled_from(TYPES)),
+        "activation_bits": draw(st.sampled_from([4, 8, 8, 16])),
+        "full_range": draw(st.booleans()),
+        "clip": draw(st.sampled_from([None, None, 0.7])),
+        "static": draw(st.booleans()),
+        "bias": draw(st.sampled_from([None, *TYPES])),
+        "layout": draw(st.sampled_from(["contiguous", "sliced", "transposed"])),
+        "magnitude": draw(st.sampled_from([1e-42, 1e-38, 1e-4, 1.0, 1e5])),
+        "odd": draw(st.sampled_from([None, None, float("nan"), float("inf"), float("-inf"), 0.0])),
+        "threads": draw(st.sampled_from([1, 2, 3])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@pytest.mark.parametrize("name", PATHS)
+@settings(max_examples=80, deadline=None)
+@given(case=cases())
+def test_every_path_gives_the_references_bits(name, case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (*case["tokens"], case["inputs"])
+    x = torch.randn(shape, generator=generator) * case["magnitude"] * 10 ** torch.randn(1, generator=generator)
+    if case["odd"] is not None and x.numel():
+        x.view(-1)[torch.randint(0, x.numel(), (1,), generator=generator)] = case["odd"]
+    x = x.to(case["dtype"])
+    if case["layout"] == "sliced":
+        x = torch.cat([x, x], -1)[..., : case["inputs"]]
+    elif case["layout"] == "transposed" and x.dim() > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    codes = random_codes(case["outputs"], case["inputs"], case["bits"], generator)
+    rows = 1 if case["per_tensor"] and case["groups"] == 1 else case["outputs"]
+    scale = torch.rand(rows, case["groups"], generator=generator).half()
+    bias = None if case["bias"] is None else torch.randn(case["outputs"], generator=generator).to(case["bias"])
+    largest = torch.tensor(1.3) * case["magnitude"] if case["static"] else None
+    with path(name), threads(case["threads"]):
+        check(
+            x,
+            codes,
+            scale,
+            bias,
+            case["bits"],
+            activation_bits=case["activation_bits"],
+            full_range=case["full_range"] and case["activation_bits"] < 16,
+            clip=case["clip"],
+            largest=largest,
+        )
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("inputs", [4096, 16384])
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_sums_do_not_overflow_at_the_extremes(name, inputs, bits, rows):
+    for weight_code in (1, -1):
+        codes = torch.full((70, inputs), weight_code, dtype=torch.int8)
+        for value, full_range in ((1.0, False), (-1.0, False), (-1.0, True)):
+            x = torch.full((rows, inputs), value)
+            with path(name):
+                check(x, codes, torch.ones(1, 1), None, bits, full_range=full_range)
+                check(x, codes, torch.ones(1, 1), None, bits, activation_bits=16)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_all_bytes_that_an_arrangement_can_hold(name):
+    binary = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    ternary = torch.arange(81).unsqueeze(1) // 3 ** torch.arange(4) % 3
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    with path(name):
+        for bits, digits in ((1, binary * 2 - 1), (2, ternary - 1)):
+            # Digit g of a byte is the code of input 4 * g + i.
+            codes = digits.repeat_interleave(4, dim=1).to(torch.int8)
+            check(x[:, : codes.shape[1]], codes, torch.ones(1, 1), None, bits)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("tokens", [95, 96, 97, 200])
+def test_blocks_of_tokens_and_threads_meet_without_a_gap(name, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 130, generator=generator)
+    codes = random_codes(330, 130, 2, generator)
+    scale = torch.rand(330, 1, generator=generator).half()
+    for count in (1, 2, 3):
+        with path(name), threads(count):
+            check(x, codes, scale, torch.randn(330, generator=generator), 2)
+
+
+def test_halves_of_codes_are_rounded_to_even():
+    """Dividing 127 by the range first, as torch does with a number on the left, rounds some of these otherwise."""
+    x = torch.cat([torch.tensor([127.0]), torch.arange(-126.5, 126.5, 1.0)]).unsqueeze(0) * 0.1
+    codes = random_codes(40, x.shape[1], 2, torch.Generator().manual_seed(0))
+    for name in library().paths():
+        with path(name):
+            check(x, codes, torch.rand(40, 1).half(), None, 2)
+
+
+def test_two_passes_are_finer_than_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 768, generator=generator)
+    codes = random_codes(64, 768, 2, generator)
+    weight, scale = arrange_weight(codes, torch.ones(1, 1), 2)
+    exact = x.double() @ codes.double().t()
+    error = {
+        bits: (packed_linear(x, weight, scale, bits=2, activation_bits=bits) - exact).norm() / exact.norm()
+        for bits in (8, 16)
+    }
+    assert error[16] < 1e-4
+    assert error[16] < error[8] / 100
+
+
+def test_one_pool_of_threads():
+    library()
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc")
+    with open("/proc/self/maps") as maps:
+        pools = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    assert len({os.path.realpath(pool) for pool in pools}) <= 1
+
+
+def _product(x, weight, scale):
+    return packed_linear(x, weight, scale, bits=2)
+
+
+def _in_child(queue, x, weight, scale):
+    queue.put((library().threads(), _product(x, weight, scale).numpy()))
+
+
+def test_a_forked_process_computes_alone():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 768, generator=generator)
+    weight, scale = arrange_weight(random_codes(768, 768, 2, generator), torch.ones(1, 1), 2)
+    library()
+    with threads(2):
+        expected = _product(x, weight, scale)  # the parent's pool has threads now
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_in_child, args=(queue, x, weight, scale))
+        child.start()
+        count, result = queue.get(timeout=60)
+        child.join(60)
+    assert count == 1
+    assert torch.equal(torch.from_numpy(result), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": lambda w: w[:-1]}, "not arranged"),
+        ({"weight": lambda w: w.view(-1, 2)}, "not arranged"),
+        ({"weight": lambda w: torch.cat([w, w])[::2]}, "not arranged"),
+        ({"x": lambda x: x[..., :16]}, "not arranged"),
+        ({"x": lambda x: x[..., :0]}, "do not divide"),
+        ({"x": lambda x: x.long()}, "float32, bfloat16 or float16"),
+        ({"scale": lambda s: s.half()}, "float32 matrix"),
+        ({"scale": lambda s: s[:, :-1]}, "one entry for each output"),
+        ({"scale": lambda s: s[:, :30]}, "not arranged"),
+        ({"scale": lambda s: s.t()}, "do not divide|not arranged"),
+        ({"scale": lambda s: s.expand(3, -1).contiguous()}, "do not divide"),
+        ({"bias": lambda b: b[:-1]}, "one entry for each output"),
+        ({"bias": lambda b: b.long()}, "bias must be float32"),
+        ({"bits": lambda _: 3}, "1 or 2 bits"),
+        ({"bits": lambda _: 1}, "not arranged"),
+        ({"activation_bits": lambda _: 32}, "4, 8 or 16 bits"),
+        ({"clip": lambda _: float("nan")}, "clip must be positive"),
+        ({"largest": lambda _: torch.ones(2)}, "one float32 number"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_kernel_sees_it(change, message):
+    library()
+    weight, scale = arrange_weight(torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1), 2)
+    arguments = {"x": torch.ones(2, 64), "weight": weight, "scale": scale, "bias": torch.ones(64)}
+    arguments |= {"bits": 2, "activation_bits": 8, "full_range": False, "clip": None, "largest": None}
+    for name, function in change.items():
+        arguments[name] = function(arguments[name])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fiftyfold.packed_linear.default(*arguments.values())
+
+
+def test_without_a_library_torch_computes_the_same():
+    program = (
+        "import torch; from fiftyfold.kernels.operators import arrange_weight, packed_linear;"
+        "torch.manual_seed(0); codes = (torch.randint(0, 3, (40, 50)) - 1).to(torch.int8);"
+        "weight, scale = arrange_weight(codes, torch.rand(40, 1), 2);"
+        "print(weight.dtype, packed_linear(torch.randn(7, 50), weight, scale, bits=2).sum().item().hex())"
+    )
+    outputs = []
+    for source in ("torch", "auto"):
+        environment = os.environ | {"FIFTYFOLD_KERNELS": source, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        outputs.append(done.stdout.split())
+        assert ("torch's own operations" in done.stderr) == (source == "torch")
+    assert outputs[0][0] == "torch.int8"
+    assert outputs[0][1] == outputs[1][1]
