@@ -74,6 +74,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.compress import compress
     from fiftyfold.app.evaluate import evaluate
     from fiftyfold.app.export import export
+    from fiftyfold.app.kernels import kernels
     from fiftyfold.app.plan import plan
     from fiftyfold.app.quickstart import quickstart
     from fiftyfold.app.report import report
@@ -86,6 +87,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
         "evaluate": evaluate,
         "plan": plan,
         "report": report,
+        "kernels": kernels,
     }
 
 

@@ -44,3 +44,8 @@ FF_API const char* ff_path();
 FF_API const char* ff_supported_path(int32_t index);  // null after the last
 FF_API int32_t ff_choose_path(const char* name);      // 1 if the processor has it
 FF_API int32_t ff_threads();
+
+// Multiplications and additions a second that the path's instructions allow, or 0 if that is not known.
+FF_API double ff_peak(int32_t threads, int64_t rounds);
+// Bytes a second, reading all of them once.
+FF_API double ff_read_bandwidth(int32_t threads, const uint8_t* bytes, int64_t size);

@@ -91,7 +91,7 @@ FF_DEFINE_QUANTIZE(FF_NEON)
 
 #undef FF_NEON
 
-static const Path kPath{FF_DOT ? "neondot" : "neon", 48, quantize, {multiply<1>, multiply<2>}};
+static const Path kPath{FF_DOT ? "neondot" : "neon", 48, quantize, {multiply<1>, multiply<2>}, nullptr};
 
 }  // namespace FF_PATH
 }  // namespace fiftyfold

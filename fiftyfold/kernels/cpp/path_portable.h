@@ -44,7 +44,7 @@ static void multiply(const UnitWork& work) {
 
 FF_DEFINE_QUANTIZE()
 
-static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}};
+static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}, nullptr};
 
 }  // namespace portable
 }  // namespace fiftyfold

@@ -89,6 +89,7 @@ struct Path {
   void (*quantize)(const Grid&, const float* x, int64_t groups, int64_t group_inputs, int64_t group_padded,
                    int8_t* codes, float* scale, int32_t* sums);
   void (*multiply[2])(const UnitWork&);  // binary, ternary
+  int64_t (*spin)(int64_t rounds);       // nothing but products, all in registers; how many operations, or null
 };
 
 }  // namespace fiftyfold

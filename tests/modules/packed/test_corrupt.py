@@ -17,7 +17,6 @@ from tests.modules.packed.examples import (
     edit_config,
     edit_header,
     edit_tensors,
-    logits,
     quantized,
     tiny_tokenizer,
 )
