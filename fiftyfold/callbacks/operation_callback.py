@@ -252,7 +252,8 @@ def _done(root: nn.Module) -> set[str | None]:
 
 def _prepare_all(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     """Bring a module into the structure in which it is to be sharded."""
-    if trainer.ckpt_path is not None:
+    # Otherwise it is what an earlier fit of this Trainer was given.
+    if trainer._checkpoint_connector._user_managed and trainer.ckpt_path is not None:
         replay_checkpoint(trainer.ckpt_path, pl_module)
     if stage == "fit":
         for callback in operation_callbacks(trainer):
