@@ -39,7 +39,7 @@ from tests.ranks import RANKS, run_on_ranks
 from tests.strangers import MODULES, STEPS, OddUser, assert_same_training, make_trainer
 
 RESULTS = Path(__file__).parent / "results" / "reliability_cost.json"
-BATCH, TOKENS = 4, 64
+BATCH, TOKENS = 4, 32
 ROUNDS = 7
 
 
@@ -130,7 +130,7 @@ def operations() -> list[dict[str, Any]]:
 
     def run(make: Callable[[], OperationCallback], **options: Any) -> tuple[list[float], list[float]]:
         watch = Stopwatch()
-        trainer([watch.watch(make()), watch], 4, **options).fit(Bert())
+        trainer([watch.watch(make()), watch], 3, **options).fit(Bert())
         return watch.operations, watch.steps
 
     rows = []
@@ -208,17 +208,22 @@ class CompareRanks(Callback):
 
 def resumes() -> dict[str, Any]:
     """Count the resume points whose end equals that of the undisturbed run bit by bit."""
-    single = [_resume_everywhere(case, kind, []) for case in CASES for kind in MODULES]
+    with tempfile.TemporaryDirectory() as folder:
+        single = [
+            _resume_everywhere(case, kind, [], Path(folder) / f"{case}, {kind.__name__}")
+            for case in CASES
+            for kind in MODULES
+        ]
 
-    def on_ranks() -> list[tuple[int, int, int, int]]:
-        rows = []
-        for case in CASES:
-            compare = CompareRanks()
-            counts = _resume_everywhere(case, OddUser, [compare], strategy="ddp", devices=RANKS)
-            rows.append((*counts, compare.compared, compare.equal))
-        return rows
+        def on_ranks() -> list[tuple[int, int, int, int]]:
+            rows = []
+            for case in CASES:
+                compare, where = CompareRanks(), Path(folder) / f"{case}, ranks"
+                counts = _resume_everywhere(case, OddUser, [compare], where, strategy="ddp", devices=RANKS)
+                rows.append((*counts, compare.compared, compare.equal))
+            return rows
 
-    ranks = run_on_ranks(on_ranks)
+        ranks = run_on_ranks(on_ranks)
     compared, _, steps, equal = (sum(column) for column in zip(*ranks[0], strict=True))
     identical = min(sum(row[1] for row in rank) for rank in ranks)
     return {
@@ -228,33 +233,23 @@ def resumes() -> dict[str, Any]:
     }
 
 
-def _resume_everywhere(case: Any, kind: Any, callbacks: list[Callback], **options: Any) -> tuple[int, int]:
+def _resume_everywhere(
+    case: Any, kind: Any, callbacks: list[Callback], folder: Path, **options: Any
+) -> tuple[int, int]:
     """Return the number of resume points, and of those that end as the whole run."""
-    with tempfile.TemporaryDirectory() as folder:
-        shared = _shared(folder)
-        options = {"use_distributed_sampler": False, **options}
-        whole = make_trainer([*case.callbacks(), *callbacks], shared, **options)
-        whole.fit(kind(seed=0))
-        identical = 0
-        for step in range(1, STEPS):
-            resumed = make_trainer([*case.callbacks(), *callbacks], **options)
-            resumed.fit(kind(seed=1), ckpt_path=shared / f"step={step}.ckpt")
-            try:
-                assert_same_training(whole, resumed, "")
-                identical += 1
-            except AssertionError as difference:
-                print(f"{case}, {kind.__name__}, from step {step}: {difference}")
-        whole.strategy.barrier()
-        return STEPS - 1, identical
-
-
-def _shared(folder: str) -> Path:
-    """Return the first rank's folder on every rank."""
-    if not torch.distributed.is_initialized():
-        return Path(folder)
-    names = [folder]
-    torch.distributed.broadcast_object_list(names)
-    return Path(names[0])
+    options = {"use_distributed_sampler": False, **options}
+    whole = make_trainer([*case.callbacks(), *callbacks], folder, **options)
+    whole.fit(kind(seed=0))
+    identical = 0
+    for step in range(1, STEPS):
+        resumed = make_trainer([*case.callbacks(), *callbacks], **options)
+        resumed.fit(kind(seed=1), ckpt_path=folder / f"step={step}.ckpt")
+        try:
+            assert_same_training(whole, resumed, "")
+            identical += 1
+        except AssertionError as difference:
+            print(f"{case}, {kind.__name__}, from step {step}: {difference}")
+    return STEPS - 1, identical
 
 
 if __name__ == "__main__":
