@@ -13,6 +13,7 @@ from fiftyfold.modules.layer_pruning import prune_layers
 from fiftyfold.modules.layer_reduction import reduce_layers
 from fiftyfold.modules.quantization.bitsandbytes_layers import quantize_bitsandbytes
 from fiftyfold.modules.quantization.quantize import quantize
+from fiftyfold.modules.tensor_network.compress_matrices import compress_matrices
 from fiftyfold.modules.tensor_network.tensorize import tensorize
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "FineTuningModule",
     "HealingModule",
     "LanguageModelingModule",
+    "compress_matrices",
     "export",
     "heal",
     "load",

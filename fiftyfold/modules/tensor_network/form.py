@@ -130,9 +130,10 @@ class NetworkForm:
         longest = max(left * row * column for term in self.terms for left, row, column, _ in term.core_shapes)
         return 2 if longest <= 2**15 else 4
 
-    def stored_bytes(self, bytes_per_number: float = 2) -> float:
-        """Return what a file holds for the matrix: numbers and pivots, without the scales of quantized numbers."""
-        return self.count * bytes_per_number + self.pivots * self.pivot_bytes
+    def stored_bytes(self, bits: int = 16) -> int:
+        """Return what a file holds for the matrix: numbers, pivots, and 16-bit scales by row for fewer bits than 16."""
+        scales = 0 if bits >= 16 else sum(rows for rows, columns in self.matrix_shapes if rows and columns)
+        return math.ceil(self.count * bits / 8) + self.pivots * self.pivot_bytes + 2 * scales
 
     def with_gauge(self, gauge: Gauge) -> NetworkForm:
         """Return the same network with its numbers kept in another way."""

@@ -1,0 +1,104 @@
+"""How much each matrix's error matters to the whole model, measured by changing one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from fiftyfold.modules.quantization.targets import named_layers
+from fiftyfold.modules.tensor_network.layers import matrix_of
+from fiftyfold.modules.tensor_network.metric import Metric
+from fiftyfold.modules.tensor_network.moments import Batch, call, collect_moments
+from fiftyfold.modules.tensor_network.solvers import principal_outputs
+
+_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of a batch.
+
+    Attributes:
+        values: (…, classes or features).
+        are_logits: whether they are logits.
+    """
+
+    values: torch.Tensor
+    are_logits: bool
+
+
+@torch.no_grad()
+def measured_sensitivity(
+    model: nn.Module, batches: Sequence[Batch], curves: Mapping[str, torch.Tensor], ranks: Mapping[str, int]
+) -> dict[str, float]:
+    """Return, for each matrix, the model's deviation over the squared relative error that caused it.
+
+    The layer's outputs are projected onto their leading components, as the best low-rank weight does, with nothing
+    else changed; the deviation is the Kullback-Leibler divergence of the logits, or the relative squared change of the
+    first output of a model without logits.
+
+    Args:
+        model: in evaluation mode; unchanged afterwards.
+        batches: calibration text, of which a few batches are used.
+        curves: squared relative error by rank for each matrix.
+        ranks: at which the matrix is measured.
+    """
+    few = list(batches)[:_BATCHES]
+    before = [outputs_of(model, batch) for batch in few]
+    layers = dict(named_layers(model))
+    weights = {}
+    for name, curve in curves.items():
+        layer, rank = layers[name], max(1, ranks[name])
+        moments = collect_moments(model, [name], few, last=name)[name]
+        directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()))[:, :rank]
+        mean = (matrix_of(layer).double() @ moments.original_mean).float()
+        handle = layer.register_forward_hook(_projection(layer, directions, mean))
+        try:
+            deviations = [
+                deviation(first, outputs_of(model, batch), batch) for first, batch in zip(before, few, strict=True)
+            ]
+        finally:
+            handle.remove()
+        weights[name] = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+    return weights
+
+
+def deviation(before: Outputs, after: Outputs, batch: Batch) -> float:
+    """Return how far a model's outputs moved: a divergence for logits, else a relative square."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    first, second = before.values.float(), after.values.float()
+    if mask is not None and mask.shape == first.shape[:-1]:
+        real = mask.to(first.device).bool()
+        first, second = first[real], second[real]
+    if not before.are_logits:
+        return float((first - second).square().sum() / first.square().sum().clamp(min=1e-12))
+    logs = [F.log_softmax(each.reshape(-1, each.shape[-1]), dim=-1) for each in (first, second)]
+    return float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean"))
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
+    """Return what a model says of a batch: its logits, or else the first floating-point tensor of its output."""
+    output = call(model, batch)
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return Outputs(logits, True)
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return Outputs(leaves[0], False)
+
+
+def _projection(layer: nn.Module, directions: torch.Tensor, mean: torch.Tensor) -> Any:
+    """Return a hook that leaves of a layer's outputs their mean and their leading components."""
+    bias = getattr(layer, "bias", None)
+    offset = mean if bias is None else mean + bias.float()
+
+    def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        moved = output.float() - offset
+        return (moved @ directions @ directions.T + offset).to(output.dtype)
+
+    return hook

@@ -1,0 +1,137 @@
+"""The activation-aware family on whole models."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules import compress_matrices, export, load, tensorize
+from fiftyfold.modules.structure import loading_values, replay, structure_log
+from fiftyfold.modules.tensor_network.moments import call_order, collect_moments
+from tests.tiny import tiny_batch, tiny_causal, tiny_model
+
+TEXT = [tiny_batch(seed) for seed in range(4)]
+
+
+def deviation(model, before):
+    with torch.no_grad():
+        after = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in TEXT]
+    return sum(float((one - other).square().sum()) for one, other in zip(before, after, strict=True))
+
+
+@pytest.fixture
+def llama():
+    """Its weights are large enough for the layers to matter."""
+    model = tiny_causal("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in TEXT]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"allocation": "model"}, {"allocation": "uniform"}, {"compressed_prefix": False}, {"factor_bits": 8}],
+    ids=str,
+)
+def test_it_beats_the_plain_svd_within_the_budget(llama, arguments):
+    before, plain = logits(llama), copy.deepcopy(llama)
+    tensorize(plain, 2, keep=0.5, split="low_rank")
+    results = compress_matrices(llama, TEXT, 0.5, **arguments)
+    dense = sum(2 * m.weight.numel() for n, m in tiny_causal("llama").named_modules() if n in results)
+    assert sum(result.bytes for result in results.values()) <= 0.5 * dense
+    assert deviation(llama, before) < deviation(plain, before)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_the_folder_gives_it_back(family, bits, tmp_path):
+    model = tiny_model(family)
+    results = compress_matrices(model, TEXT, 0.4, allocation="uniform", factor_bits=bits)
+    report = export(model, tmp_path / "out")
+    assert report.outputs_equal is True
+    assert report.part_bytes["packed_weights"] + report.part_bytes["scales"] == sum(r.bytes for r in results.values())
+    loaded, again = load(tmp_path / "out"), load(tmp_path / "out", trainable=True)
+    torch.testing.assert_close(again(**TEXT[0]).logits, loaded(**TEXT[0]).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded(**TEXT[0]).logits, model(**TEXT[0]).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_layers_bias_takes_up_the_mean():
+    model = nn.Sequential(nn.Linear(12, 12))
+    inputs = [torch.randn(200, 12) + 5]
+    expected = model(inputs[0]).mean(0)
+    compress_matrices(model, inputs, 0.4, allocation="uniform")
+    torch.testing.assert_close(model(inputs[0]).mean(0), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_later_layers_make_up_for_earlier_ones(llama):
+    before, blind = logits(llama), copy.deepcopy(llama)
+    compress_matrices(llama, TEXT, 0.3, allocation="uniform", families=("svd",))
+    compress_matrices(blind, TEXT, 0.3, allocation="uniform", families=("svd",), compressed_prefix=False)
+    assert deviation(llama, before) < deviation(blind, before)
+
+
+def test_layers_that_read_one_tensor_make_one_stage():
+    names = ["model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    assert call_order(tiny_causal("llama"), names, TEXT[0]) == [names[1::-1], names[2:]]
+
+
+def test_padding_does_not_count():
+    model, name = tiny_model("bert"), "bert.encoder.layer.0.attention.self.query"
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    padded = {"input_ids": torch.tensor([[5, 6, 7, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    one, other = (collect_moments(model, [name], [each])[name] for each in (batch, padded))
+    torch.testing.assert_close(one.inputs, other.inputs, atol=1e-6, rtol=1e-5)
+
+
+def test_the_log_holds_the_results():
+    model = tiny_model("bert")
+    compress_matrices(model, TEXT, 0.4)
+    (entry,) = structure_log(model)
+    assert entry["op"] == "compress_matrices"
+    assert set(entry["targets"]) <= set(entry["errors"])
+    fresh = tiny_model("bert", seed=1)
+    with loading_values():
+        replay(fresh, structure_log(model))
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(**TEXT[0]).logits, model(**TEXT[0]).logits)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ([], {}, "calibration text is empty"),
+        ([{"input_ids": torch.zeros(0, 5, dtype=torch.long)}], {}, "calibration text is empty"),
+        ([{"input_ids": torch.tensor([[5000]])}], {}, "another vocabulary"),
+        (TEXT, {"keep": 0.001}, "cannot be met|fits into"),
+        (TEXT, {"keep": 1.5}, "keep must be a share"),
+        (TEXT, {"families": ("tucker",)}, "families"),
+        (TEXT, {"factor_bits": 4}, "factor_bits"),
+        (TEXT, {"targets": "embeddings"}, "is an embedding"),
+    ],
+)
+def test_bad_input_leaves_the_model_alone(text, arguments, message):
+    model = tiny_model("bert")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FiftyfoldError, match=message):
+        compress_matrices(model, text, **arguments)
+    assert not structure_log(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    model = tiny_model("bert")
+    model.bert.encoder.layer[2].output.dense.weight.data[0, 0] = math.nan
+    with pytest.raises(FiftyfoldError, match=r"layer\.2\.output.*not finite"):
+        compress_matrices(model, TEXT)
