@@ -1,7 +1,8 @@
 """Relative error of the outputs of MiniLM's matrices on held-out text, each form at the same bytes.
 
 For each linear layer of the encoder: ‖Wx − Ŵx‖ / ‖Wx‖ over all tokens of sentences that no form was computed from. All
-forms take at most 30 % of the bytes that the matrix takes in 16 bits, the rows of identity blocks counted. Forms, families and allocations are chosen on the calibration text alone.
+forms take at most 30 % of the bytes that the matrix takes in 16 bits, the rows of identity blocks counted. Forms,
+families and allocations are chosen on the calibration text alone.
 
     python benchmarks/tensor_network_error.py ../shared/data/glue
 """
