@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a torn or forged file makes torch raise anything
-        raise FiftyfoldError(f"{path} is not a checkpoint that can be read safely ({first_line(error)}).") from error
+        forged = isinstance(error, pickle.UnpicklingError)
+        reason = "it asks for more than tensors and plain values" if forged else first_line(error)
+        raise FiftyfoldError(f"{path} is not a checkpoint that can be read safely ({reason}).") from error
     if not isinstance(content, dict):
         raise FiftyfoldError(f"{path} is not a checkpoint but holds a {type(content).__name__}.")
     return content

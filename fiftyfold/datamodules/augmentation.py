@@ -295,7 +295,7 @@ def _take_finished(output: Path, manifest: Path, settings: dict[str, Any], sourc
     saved = _read_json(manifest)
     if saved.get("settings") != settings:
         raise FiftyfoldError(f"{output} exists and holds something else; remove it or give another output.")
-    if saved.get("digest") != file_digest(output):
+    if saved.get("digest") != file_digest(output) or type(saved.get("rows")) is not int:
         raise FiftyfoldError(f"{output} was changed after it was written; remove it or give another output.")
     return AugmentationReport(output, source_rows, saved["rows"], cached=True, resumed_at=0)
 

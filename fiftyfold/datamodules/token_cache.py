@@ -133,7 +133,9 @@ def open_cache_entry(entry: Path) -> datasets.Dataset:
         # Arrow maps the file into memory and believes the offsets in it; a wrong one would end the process.
         tokens.data.table.validate(full=True)
         whole = tokens.column_names and tokens.features["input_ids"].feature.dtype.startswith("int")
-    except Exception as error:
+    except PermissionError as error:
+        raise FiftyfoldError(f"The cache's entry {entry} may not be read; give another cache_dir.") from error
+    except Exception as error:  # datasets and Arrow raise whatever a damaged file makes them stumble over
         raise _damaged(entry) from error
     if not whole:
         raise _damaged(entry)

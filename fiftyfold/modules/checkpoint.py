@@ -92,12 +92,21 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         FiftyfoldError: if a part of the file was altered since it was written.
     """
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    if not path.is_file():
         return
     try:
+        if not zipfile.is_zipfile(path):
+            if _begins_as_archive(path):
+                raise zipfile.BadZipFile("its end is missing")
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
         raise FiftyfoldError(f"{path} is damaged ({error}); go on from another checkpoint.") from error
     if damaged is not None:
         raise FiftyfoldError(f"{path} is damaged: its checksum of {damaged!r} does not fit; use another checkpoint.")
+
+
+def _begins_as_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in (b"", b"PK\x03\x04")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,6 +139,7 @@ def _become(words: list[str], place: Path, prepare: Callable[[], None] | None) -
         log = os.open(place / "run.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)  # pytest's own do not go there
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
         training.SAVE_EVERY_STEPS = 1
         if prepare is not None:

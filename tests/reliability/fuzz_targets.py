@@ -23,14 +23,15 @@ from fiftyfold.app.report import read_rows
 from fiftyfold.app.trainer_cli import parse_trainer_command
 from fiftyfold.callbacks.random_states import CHECKPOINT_KEY, capture_random_states, restore_random_states
 from fiftyfold.datamodules.augmentation import _take_finished, _take_part
-from fiftyfold.datamodules.glue import _load_tokenizer
+from fiftyfold.datamodules.glue import load_tokenizer
 from fiftyfold.datamodules.glue_files import read_file
 from fiftyfold.datamodules.glue_tasks import get_task
 from fiftyfold.datamodules.stateful_loader import StatefulLoader
+from fiftyfold.datamodules.text_files import read_documents
 from fiftyfold.datamodules.token_cache import open_cache_entry, token_lengths
 from fiftyfold.datamodules.word_candidates import read_synonyms
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import FineTuningModule, export, load, quantize, reduce_layers
+from fiftyfold.modules import FineTuningModule, export, load, quantize, reduce_layers, tensorize
 from fiftyfold.modules.fine_tuning import load_classifier
 from fiftyfold.modules.packed.load import fill, read_manifest
 from fiftyfold.modules.packed.weights_file import check_digest, read_headers, read_tensors
@@ -81,6 +82,7 @@ def _written(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path
 def _export_bert(folder: Path) -> Path:
     model = tiny_bert(layers=3, hidden=16, vocab=30)
     reduce_layers(model, [0, 2])
+    tensorize(model, cores=2, bond_dimension=3, targets="layer.0.output")
     export(quantized(model), folder / "out", tokenizer=tiny_tokenizer())
     return folder / "out"
 
@@ -122,6 +124,7 @@ def _report_rows(folder: Path) -> list[bytes]:
 def _logs(_folder: Path) -> list[bytes]:
     model = tiny_bert(layers=3, hidden=16, vocab=30)
     reduce_layers(model, [0, 2])
+    tensorize(model, cores=2, bond_dimension=3)
     quantize(model, weight_bits=2, granularity="per_channel", clip=2.5)
     return [encode_log(structure_log(model)).numpy().tobytes(), encode_log([]).numpy().tobytes()]
 
@@ -247,6 +250,24 @@ def _read_data(form: str, task: str = "sst2") -> Callable[[bytes, Path], object]
     return _written(f"input.{form}", lambda folder: read_file(folder / f"input.{form}", get_task(task)))
 
 
+def _documents(form: str) -> Callable[[Path], list[bytes]]:
+    def prepare(_folder: Path) -> list[bytes]:
+        table = pyarrow.table({"text": ["once upon", "a time", "é"]})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer)
+        contents = {"txt": b"once upon\n<|endoftext|>\na time", "jsonl": b'{"text": "once"}\n{"text": "upon"}\n'}
+        return [contents.get(form, buffer.getvalue())]
+
+    return prepare
+
+
+def _read_documents(form: str) -> Callable[[bytes, Path], object]:
+    def read(folder: Path) -> object:
+        return list(read_documents(folder / f"train.{form}", separator="<|endoftext|>", column="text"))
+
+    return _written(f"train.{form}", read)
+
+
 def _pairs(_folder: Path) -> list[bytes]:
     return [b"sentence1\tsentence2\tscore\na b\tc d\t4.5\ne\tf\t0\n"]
 
@@ -308,7 +329,7 @@ def _tokenizer_config(folder: Path) -> list[bytes]:
 
 
 def _tokenize(folder: Path) -> object:
-    words = _load_tokenizer(str(folder / "words"))
+    words = load_tokenizer(str(folder / "words"))
     return words.pad_token_id
 
 
@@ -327,12 +348,13 @@ def _load_teacher(folder: Path) -> object:
 def _recipes(_folder: Path) -> list[bytes]:
     from fiftyfold.app.trainer_cli import RECIPES
 
-    return [(RECIPES / "xtc" / f"{name}.yaml").read_bytes() for name in ("w1a8", "stepped_bits", "teacher")]
+    return [(RECIPES / "xtc" / f"{name}.yaml").read_bytes() for name in ("w1a8", "stepped_bits")]
 
 
 def _read_recipe(folder: Path) -> object:
     with contextlib.redirect_stderr(io.StringIO()):
-        return parse_trainer_command(["fit", "--config", str(folder / "recipe.yaml")])
+        words = ["--model.teacher", "teacher", "--data.task", "sst2", "--data.tokenizer", "teacher"]
+        return parse_trainer_command(["fit", "--config", str(folder / "recipe.yaml"), *words])
 
 
 TARGETS: tuple[Target, ...] = (
@@ -342,6 +364,9 @@ TARGETS: tuple[Target, ...] = (
     Target("data, JSON lines", _rows("jsonl"), _read_data("jsonl"), weight=30),
     Target("data, JSON", _rows("json"), _read_data("json"), mutate_json, weight=20),
     Target("data, parquet", _parquet, _read_data("parquet"), weight=20),
+    Target("text, plain", _documents("txt"), _read_documents("txt"), weight=10),
+    Target("text, JSON lines", _documents("jsonl"), _read_documents("jsonl"), weight=20),
+    Target("text, parquet", _documents("parquet"), _read_documents("parquet"), weight=20),
     Target(
         "list of synonyms",
         lambda _: [b"good fine\nbad poor\n"],
