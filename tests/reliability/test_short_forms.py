@@ -50,7 +50,7 @@ def test_mutated_files_give_clear_errors(fuzzer, seed, rounds):
 
 
 @pytest.mark.parametrize("fuzzer", SLOW, ids=lambda target: target.name, indirect=True)
-@settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=HEALTH)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=HEALTH)
 @given(seed=st.integers(0, 2**32), rounds=st.integers(1, 3))
 def test_mutated_models_and_recipes_give_clear_errors(fuzzer, seed, rounds):
     bite(fuzzer, seed, rounds)
@@ -96,7 +96,6 @@ def test_kills_change_nothing(subject, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_resumes_with_dropout_and_shuffling_are_exact(setting, tmp_path):
-    report = compare_all(tmp_path, CASES[-1:], (setting,))
+def test_resumes_with_dropout_and_shuffling_are_exact(tmp_path):
+    report = compare_all(tmp_path, CASES[-1:], SETTINGS[:1])
     assert report.identical == report.compared == 10, report.different
