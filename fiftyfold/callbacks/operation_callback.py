@@ -27,6 +27,7 @@ from fiftyfold.callbacks.sharding import (
     after_sharding,
     before_sharding,
     check_before_loading,
+    holds_shards,
     replay_checkpoint,
     shards,
     share_new_parameters,
@@ -104,6 +105,11 @@ class OperationCallback(Callback, ABC):
         done = _done(root)
         for event in self.events:
             if self.changes_shapes and event.name not in done:
+                if holds_shards(root):
+                    raise FiftyfoldError(
+                        f"{event.name} cannot change layers that configure_model builds and shards at once; build them "
+                        "in __init__."
+                    )
                 operation = {**self.plan(event, root, trainer), "by": event.name}
                 known = {id(parameter) for parameter in root.parameters()}
                 apply_operation(root, operation)
@@ -113,8 +119,11 @@ class OperationCallback(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module, and every averaged copy of it, take its structure from a checkpoint."""
         self._refuse_partners(trainer)
-        if shards(trainer.strategy):
+        if shards(trainer.strategy) and stage == "fit":
             self._refuse_late_events(trainer)
+        if shards(trainer.strategy) and next(operation_callbacks(trainer)) is self:
+            # A run that ended with an error leaves its own behind.
+            after_sharding(trainer, pl_module)
             before_sharding(trainer, pl_module, lambda: _prepare_all(trainer, pl_module, stage))
             check_before_loading(trainer, pl_module)
         if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -290,7 +299,7 @@ def _wrap_again(strategy: DDPStrategy) -> None:
 def _compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse to go on with ranks that differ, in what each of them holds whole."""
     logs = zlib.crc32(json.dumps(logs_by_part(pl_module), sort_keys=True).encode())
-    mine = torch.tensor([float(logs)], dtype=torch.float64, device=pl_module.device)
+    mine = torch.tensor([float(logs)], dtype=torch.float64, device=trainer.strategy.root_device)
     # FSDP shows a part of each parameter as if it were all of it.
     if not isinstance(trainer.strategy, FSDPStrategy):
         mine = torch.cat([mine, parameter_checksum(pl_module).to(mine.device)])

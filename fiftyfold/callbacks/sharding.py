@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.checkpoint import checkpoint_structure
-from fiftyfold.modules.structure import attach_structure, loading_values, logs_by_part, replay
+from fiftyfold.modules.structure import (
+    attach_structure,
+    keeps_parameters,
+    loading_values,
+    logs_by_part,
+    replay,
+)
 
 _MARK = "_fiftyfold_original"
-_KEEP_PARAMETERS = frozenset({"quantize"})
 
 
 def shards(strategy: Strategy) -> bool:
@@ -29,18 +33,19 @@ def shards(strategy: Strategy) -> bool:
 
 def holds_shards(module: nn.Module) -> bool:
     """Tell whether some parameter of ``module`` is distributed over the ranks already."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    wrapped = any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+    return wrapped or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def before_sharding(trainer: Trainer, module: LightningModule, prepare: Callable[[], None]) -> None:
     """Call ``prepare`` in ``configure_model``, the last moment before a strategy shards ``module``.
 
     A module that shards itself there (ModelParallel) is prepared before its own ``configure_model`` if it has its
-    layers by then, and afterwards what is missing. Doing it again while the first call is to come changes nothing.
+    layers by then, and afterwards what is missing.
     """
     itself = isinstance(trainer.strategy, ModelParallelStrategy)
     # Lightning refuses a module that does not shard itself; a wrapper would hide that from it.
-    if hasattr(module.configure_model, _MARK) or (itself and not is_overridden("configure_model", module)):
+    if itself and not is_overridden("configure_model", module):
         return
     original = module.configure_model
 
@@ -62,15 +67,13 @@ def check_before_loading(trainer: Trainer, module: LightningModule) -> None:
     can still be done then, and no more.
     """
     strategy = trainer.strategy
-    if hasattr(strategy.load_checkpoint, _MARK):
-        return
     original = strategy.load_checkpoint
 
     def load_checkpoint(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         path = strategy.broadcast(checkpoint_path)
         saved, have = checkpoint_structure(path), logs_by_part(module)
         missing = [entry for part, log in saved.items() for entry in log[len(have.get(part, [])) :]]
-        if any(entry["op"] not in _KEEP_PARAMETERS for entry in missing):
+        if any(not keeps_parameters(entry["op"]) for entry in missing):
             raise FiftyfoldError(
                 f"the checkpoint {path} has another structure than the model, which {type(strategy).__name__} has "
                 "sharded already; set trainer.ckpt_path to it and call fit, validate or test without ckpt_path."
@@ -114,7 +117,7 @@ def share_new_parameters(root: nn.Module, known: set[int], trainer: Trainer) -> 
     """
     for parameter in root.parameters():
         if id(parameter) not in known and not parameter.is_meta and trainer.world_size > 1:
-            torch.distributed.broadcast(parameter.detach(), src=0)
+            parameter.data.copy_(trainer.strategy.broadcast(parameter.detach()))
 
 
 def _refuse_tensor_parallel(module: nn.Module) -> None:

@@ -54,12 +54,17 @@ def register_operation(
         replay: changes a module in place as the operation says. It must take every choice from the operation and
             decide nothing anew, and it must work on the meta device.
         forbidden_after: kinds of operation that must not stand before this one in a log.
-        undo: takes the operation back, if it is the last one; for kinds that change no parameter.
+        undo: takes the operation back, if it is the last one; for kinds that leave all parameters as they are.
     """
     if undo is not None:
         _UNDOS[name] = undo
     _REPLAYS[name] = replay
     _FORBIDDEN_AFTER[name] = frozenset(forbidden_after)
+
+
+def keeps_parameters(name: str) -> bool:
+    """Tell whether operations of this kind leave all parameters as they are."""
+    return name in _UNDOS
 
 
 def structure_log(model: nn.Module) -> list[Operation]:

@@ -256,6 +256,17 @@ def test_what_cannot_be_done_is_refused():
     refuse([QuantizationAwareTraining(), ModelPruning("l1_unstructured")], "in a run of its own")
 
 
+def test_layers_that_are_built_and_sharded_at_once_cannot_be_dropped():
+    def body():
+        module = LateSharding()
+        with pytest.raises(FiftyfoldError, match="build them in __init__"):
+            fit(module, [LayerReduction(keep=3)], model_parallel())
+        # The failed run leaves nothing behind.
+        fit(LateSharding(), [QuantizationAwareTraining(start=2)], model_parallel())
+
+    run_on_ranks(body)
+
+
 def test_tensor_parallelism_is_refused():
     class Split(Sharding):
         def configure_model(self):
