@@ -118,10 +118,10 @@ def trainer(callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
 
 
 OPERATIONS: dict[str, Callable[[], OperationCallback]] = {
-    "quantize 74 layers to 1 bit": lambda: QuantizationAwareTraining(1, start=2),
+    "quantize 76 layers to 1 bit": lambda: QuantizationAwareTraining(1, start=2),
     "reduce 12 layers to 6": lambda: LayerReduction(start=2),
     "prune 12 layers to 11": lambda: LayerPruning({2: 1}, measure_steps=1),
-    "decompose 73 layers, 3 cores of bond 64": lambda: TensorNetworkDecomposition(3, 64, start=2),
+    "decompose 72 layers, 3 cores of bond 64": lambda: TensorNetworkDecomposition(3, 64, start=2),
 }
 
 
