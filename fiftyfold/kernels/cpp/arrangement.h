@@ -42,25 +42,44 @@ struct Arrangement {
   int64_t first_byte(int64_t unit) const { return first_output(unit) / kBlockOutputs * blocks() * kBlockBytes; }
 };
 
-// Writes the arrangement of codes (outputs x inputs) into `bytes`, which must have room for `a.bytes()`.
-inline void arrange(const Arrangement& a, const int8_t* codes, uint8_t* bytes) {
-  std::memset(bytes, 0, static_cast<size_t>(a.bytes()));
-  for (int64_t unit = 0; unit < a.units(); unit++) {
-    const int64_t first = a.first_output(unit);
-    const int64_t width = a.is_wide(unit) ? kUnitOutputs : kBlockOutputs;
-    uint8_t* base = bytes + a.first_byte(unit);
-    for (int64_t o = 0; o < width && first + o < a.outputs; o++) {
-      const int8_t* row = codes + (first + o) * a.inputs;
-      uint8_t* lane = base + o / kBlockOutputs * kBlockBytes + o % kBlockOutputs * 4;
-      for (int64_t group = 0; group < a.groups; group++) {
-        uint8_t* cells = lane + group * a.group_blocks() * width * 4;
-        for (int64_t k = 0; k < a.group_inputs(); k++) {
-          const int code = a.bits == 2 ? row[k] + 1 : row[k] > 0;
-          const int64_t within = k % a.block_inputs();
-          cells[k / a.block_inputs() * width * 4 + within % 4] |= static_cast<uint8_t>(code << a.bits * (within / 4));
-        }
-        row += a.group_inputs();
-      }
+// Four codes as they are stored, a byte each.
+template <int BITS>
+inline uint32_t stored_codes(const int8_t* codes) {
+  uint32_t four;
+  std::memcpy(&four, codes, sizeof four);
+  if (BITS == 1) return ~four >> 7 & 0x01010101u;
+  return ((four & 0x7f7f7f7fu) + 0x01010101u) ^ (four & 0x80808080u);  // plus 1, without a carry from -1
+}
+
+// Writes one group of an output's codes; its blocks are `step` bytes apart.
+template <int BITS>
+inline void arrange_group(const int8_t* codes, int64_t inputs, int64_t step, uint8_t* cells) {
+  constexpr int kBlockInputs = 32 / BITS;
+  const int64_t whole = inputs / kBlockInputs;
+  for (int64_t block = 0; block < whole; block++, codes += kBlockInputs, cells += step) {
+    uint32_t cell = 0;
+    for (int part = 0; part < 8 / BITS; part++) cell |= stored_codes<BITS>(codes + 4 * part) << (BITS * part);
+    std::memcpy(cells, &cell, sizeof cell);
+  }
+  for (int64_t k = 0; k < inputs - whole * kBlockInputs; k++) {
+    const int code = BITS == 2 ? codes[k] + 1 : codes[k] > 0;
+    cells[k % 4] |= static_cast<uint8_t>(code << BITS * (k / 4));
+  }
+}
+
+// Writes the arrangement of one unit of codes (outputs x inputs) to its place in `bytes`, which has room for
+// `a.bytes()`.
+inline void arrange_unit(const Arrangement& a, const int8_t* codes, int64_t unit, uint8_t* bytes) {
+  const int64_t first = a.first_output(unit);
+  const int64_t width = a.is_wide(unit) ? kUnitOutputs : kBlockOutputs, step = width * 4;
+  uint8_t* base = bytes + a.first_byte(unit);
+  std::memset(base, 0, static_cast<size_t>(a.blocks() * step));
+  for (int64_t o = 0; o < width && first + o < a.outputs; o++) {
+    const int8_t* row = codes + (first + o) * a.inputs;
+    uint8_t* lane = base + o / kBlockOutputs * kBlockBytes + o % kBlockOutputs * 4;
+    for (int64_t group = 0; group < a.groups; group++, row += a.group_inputs(), lane += a.group_blocks() * step) {
+      a.bits == 1 ? arrange_group<1>(row, a.group_inputs(), step, lane)
+                  : arrange_group<2>(row, a.group_inputs(), step, lane);
     }
   }
 }

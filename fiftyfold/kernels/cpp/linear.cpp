@@ -193,7 +193,9 @@ int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32
 }
 
 void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to) {
-  fiftyfold::arrange(Arrangement{outputs, inputs, groups, bits}, codes, to);
+  const Arrangement arrangement{outputs, inputs, groups, bits};
+  auto unit = [&](int64_t number) { fiftyfold::arrange_unit(arrangement, codes, number, to); };
+  fiftyfold::for_each_task(arrangement.units(), unit);
 }
 
 void ff_linear(const FfLinear* call) { fiftyfold::Linear(*call).run(); }

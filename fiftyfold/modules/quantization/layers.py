@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.quantization.integer_forward import integer_linear, takes_integers
 from fiftyfold.modules.quantization.quantizers import (
     check_shape,
     dequantize_weight,
@@ -69,6 +70,14 @@ class QuantizedLayer(nn.Module):
     def _fake_quantized_weight(self) -> torch.Tensor:
         return fake_quantize_weight(self.canonical_weight(), self._active_settings().weight)
 
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        settings, weight = self._active_settings(), self.canonical_weight()
+        if takes_integers(x, weight, settings):
+            static = settings.activation is not None and settings.activation.range == "static"
+            limits = self._static_range(x, settings.activation) if static and settings.activation else None
+            return integer_linear(x, weight, bias, settings, limits)
+        return F.linear(self._fake_quantized_input(x), self._fake_quantized_weight(), bias)
+
     def _fake_quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         settings = self._active_settings().activation
         if settings is None or x.numel() == 0:
@@ -116,7 +125,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """Return the layer's output: (…, inputs) → (…, outputs)."""
         if self.settings is None:
             return super().forward(input)
-        return F.linear(self._fake_quantized_input(input), self._fake_quantized_weight(), self.bias)
+        return self._linear(input, self.bias)
 
     def reset_parameters(self) -> None:
         """Draw new weights, and observe anew; sharding calls it on layers that had no data (meta device)."""
@@ -137,7 +146,7 @@ class QuantizedConv1D(QuantizedLayer, Conv1D):
         """Return the layer's output: (…, inputs) → (…, outputs)."""
         if self.settings is None:
             return super().forward(x)  # type: ignore[no-any-return]
-        return F.linear(self._fake_quantized_input(x), self._fake_quantized_weight(), self.bias)
+        return self._linear(x, self.bias)
 
 
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.autograd import Function
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels import training
 from fiftyfold.kernels.activations import SMALLEST_SCALE, symmetric_codes, symmetric_scale, token_magnitudes
 from fiftyfold.kernels.packing import largest_code
 from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSettings
@@ -78,6 +79,10 @@ def quantize_weight(weight: torch.Tensor, settings: WeightSettings) -> tuple[tor
     """
     if not bool(weight.isfinite().all()):
         raise FiftyfoldError("a weight to quantize has entries that are not finite; the training has diverged.")
+    if training.is_native(weight):
+        check_shape(weight.shape, settings)
+        found = training.quantize_weight(weight.detach(), **fused_weight_arguments(weight, settings))
+        return found.codes, found.scale
     codes, scale = _quantize(weight.detach(), settings)
     return codes.flatten(1).to(torch.int8), scale.flatten(1)
 
@@ -126,12 +131,34 @@ def fake_quantize_activation(
     return _FakeQuantizeActivation.apply(x, settings, low, high)  # type: ignore[no-any-return]
 
 
+class FusedWeightArguments(TypedDict):
+    """The settings of a weight, as the fused kernels take them."""
+
+    bits: int
+    groups: int
+    per_tensor: bool
+    clip: float | None
+
+
+def fused_weight_arguments(weight: torch.Tensor, settings: WeightSettings) -> FusedWeightArguments:
+    """Return the arguments of :func:`fiftyfold.kernels.training.quantize_weight`."""
+    return {
+        "bits": settings.bits,
+        "groups": scale_shape(weight.shape, settings)[1],
+        "per_tensor": settings.granularity == "per_tensor",
+        "clip": settings.clip,
+    }
+
+
 class _FakeQuantizeWeight(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, settings: WeightSettings) -> torch.Tensor:
         ctx.clip = settings.clip
         if settings.clip is not None:
             ctx.save_for_backward(weight)
+        if training.is_fused(weight):
+            check_shape(weight.shape, settings)
+            return training.fake_quantize_weight(weight, **fused_weight_arguments(weight, settings))
         codes, scale = _quantize(weight, settings)
         return _in_type(codes.mul_(scale.float()).flatten(1), weight.dtype)
 
@@ -153,9 +180,18 @@ class _FakeQuantizeActivation(Function):
         high: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.clipped = settings.clip is not None
-        values = x.float()
         if settings.clip is not None:
             ctx.save_for_backward(x.abs() <= settings.clip)
+        if settings.symmetric and training.is_fused(x):
+            return training.fake_quantize_tokens(
+                x,
+                bits=settings.bits,
+                full_range=settings.full_range,
+                clip=settings.clip,
+                largest=None if low is None or high is None else torch.maximum(low.abs(), high.abs()),
+            )
+        values = x.float()
+        if settings.clip is not None:
             values = values.clamp(-settings.clip, settings.clip)
         if settings.symmetric:
             return _in_type(_on_symmetric_grid(values, settings, low, high), x.dtype)
