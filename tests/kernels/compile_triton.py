@@ -18,15 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fiftyfold.kernels.triton import activations, embedding, linear
+from fiftyfold.kernels.triton import activations, embedding, linear, weights
 
 POINTERS = {
     "x": "*fp32", "y": "*fp32", "codes": "*i8", "packed": "*u8", "scales": "*fp32", "sums": "*i32", "largest": "*fp32",
     "weight_scale": "*fp32", "bias": "*fp32", "partial": "*i32", "tokens": "i32", "outputs": "i32", "blocks": "i32",
     "columns": "i32", "padded": "i32", "size": "i32", "divisor": "fp32", "lowest": "fp32", "highest": "fp32",
+    "weight": "*fp32", "thresholds": "*fp32", "counts": "*i32",
     "clip": "fp32",
 }  # fmt: skip
 GRID = {"HAS_CLIP": True, "STATIC": False, "CHUNK": 1024}
+WEIGHT = {"HAS_CLIP": True, "CHUNK": 1024}
 PRODUCT = {"HAS_BIAS": True, "SPLIT": 1}
 KERNELS = [
     ("quantize", activations._quantize_kernel, {}, GRID),
@@ -58,6 +60,12 @@ KERNELS = [
         )
         for bits in (1, 2)
         for tokens, outputs in ((16, 64), (128, 128))
+    ),
+    ("sum", weights._sum_kernel, {"sums": "*fp64"}, {**WEIGHT, "BEYOND": True, "PER_GROUP": 1}),
+    ("largest", weights._largest_kernel, {}, WEIGHT),
+    *(
+        (f"write_{bits}", weights._write_kernel, {"scales": "*fp16"}, {**WEIGHT, "BITS": bits, "PER_GROUP": 1})
+        for bits in (1, 2, 8)
     ),
     ("finish", linear._finish_kernel, {}, {**PRODUCT, "BITS": 2, "SPLIT": 4, "OUTPUTS": 256}),
 ]

@@ -20,14 +20,27 @@ from fiftyfold.kernels.triton import linear
 from fiftyfold.kernels.triton.activations import fake_quantize_tokens, quantize_tokens
 from fiftyfold.kernels.triton.backend import BACKEND, arrange
 from fiftyfold.kernels.triton.planes import from_planes, to_planes
-from fiftyfold.modules.quantization.quantizers import fake_quantize_activation
-from fiftyfold.modules.quantization.settings import ActivationSettings
+from fiftyfold.kernels.triton.weights import fake_quantize_weight
+from fiftyfold.modules.quantization.quantizers import (
+    dequantize_weight,
+    fake_quantize_activation,
+    fused_weight_arguments,
+    quantize_weight,
+)
+from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSettings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter cuts float32 off to bfloat16 where a GPU rounds.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-GRIDS = [{}, {"full_range": True}, {"bits": 4}, {"clip": 0.7}, {"largest": torch.tensor(1.5, device=DEVICE)}]
+GRIDS = [
+    {},
+    {"full_range": True},
+    {"bits": 4},
+    {"bits": 16},
+    {"clip": 0.7},
+    {"largest": torch.tensor(1.5, device=DEVICE)},
+]
 
 
 def codes_of(bits: int, outputs: int, inputs: int) -> torch.Tensor:
@@ -185,3 +198,15 @@ def test_machine_code_has_what_makes_it_fast_and_exact(tmp_path):
             assert found["dp4a"], name
         if name.startswith("matrix"):
             assert found["tensor_cores"], name
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize(("granularity", "group"), [("per_tensor", None), ("per_channel", None), ("per_group", 6)])
+@pytest.mark.parametrize("clip", [None, 0.03])
+def test_fake_quantized_weights(bits, granularity, group, clip):
+    how = WeightSettings(bits, granularity, group, clip)
+    weight = 0.02 * torch.randn(5, 66, device=DEVICE)
+    weight[0, :40] = 0
+    weight[1, 0] = -0.0
+    found = fake_quantize_weight(weight, **fused_weight_arguments(weight, how))
+    assert torch.equal(found, dequantize_weight(*quantize_weight(weight, how)))

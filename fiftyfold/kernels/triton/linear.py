@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fiftyfold.kernels.linear import integer_linear
 from fiftyfold.kernels.triton.activations import quantize_tokens
-from fiftyfold.kernels.triton.planes import BLOCK, block_bytes
+from fiftyfold.kernels.triton.planes import BLOCK, block_bytes, from_planes
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which has no inline assembly."""
@@ -198,7 +199,7 @@ def packed_linear(
         scale: float32, (1, outputs).
         bias: (outputs,) or none.
         bits: 1 (binary) or 2 (ternary).
-        activation_bits: of the input's symmetric grid.
+        activation_bits: of the input's symmetric grid; 16 are multiplied by torch's own operations.
         full_range: whether that grid is XTC's, with one more negative code.
         clip: clamp the input to ``[-clip, clip]`` first.
         largest: the largest magnitude of a static range, a float32 scalar; by default each token's own.
@@ -208,6 +209,9 @@ def packed_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     planes = weight.view(scale.shape[1], -1)
+    if activation_bits > 8:  # codes that int8 does not hold
+        codes = from_planes(planes, bits, x.shape[-1])
+        return integer_linear(x, codes, scale, bias, bits=activation_bits, clip=clip, largest=largest)
     with torch.cuda.device_of(x):
         quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
         y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
