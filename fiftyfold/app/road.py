@@ -21,6 +21,7 @@ from fiftyfold.app.training import claim_output, quiet_lightning, score, train, 
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.file_replacement import sync
+from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
 from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
@@ -213,7 +214,7 @@ def weights_bytes(source: str) -> int:
 def _prepare(recipe: Recipe) -> GLUEDataModule:
     """Seed this process and build the data, in this order."""
     lightning.seed_everything(recipe.seed, verbose=False)
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
+    use_fast_float_products(recipe.matmul_precision)
     return build_data(recipe)
 
 

@@ -30,6 +30,7 @@ from fiftyfold.callbacks import (
 )
 from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 
 _ONE_FILE = (SingleDeviceStrategy, DDPStrategy)
@@ -101,6 +102,8 @@ def run_trainer_command(words: list[str]) -> None:
     Args:
         words: the command line without the program's name, beginning with the Trainer's command.
     """
+    if words[0] == "fit":
+        use_fast_float_products()
     _command_line(TrainerCLI, words)
 
 
