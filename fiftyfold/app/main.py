@@ -71,6 +71,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.augment import augment
+    from fiftyfold.app.benchmark import benchmark
     from fiftyfold.app.compress import compress
     from fiftyfold.app.evaluate import evaluate
     from fiftyfold.app.export import export
@@ -87,6 +88,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
         "evaluate": evaluate,
         "plan": plan,
         "report": report,
+        "benchmark": benchmark,
         "kernels": kernels,
     }
 

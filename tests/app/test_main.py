@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 import fiftyfold
-from fiftyfold.app.main import main
+from fiftyfold.app.main import TRAINER_COMMANDS, main
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for name in ("quickstart", "compress", "augment", "export", "report", "fit", "validate", "test", "predict"):
+    for name in ("quickstart", "compress", "augment", "export", "report", "benchmark", *TRAINER_COMMANDS):
         assert f"\n  {name} " in printed
 
 

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+import fiftyfold
+from fiftyfold.app import contenders, latency
+from fiftyfold.app.contenders import Contender, LeftOut, build_contenders, resident_bytes
+from fiftyfold.app.main import main
+from fiftyfold.modules import quantize
+from fiftyfold.modules.quantization.layers import quantized_layers
+from tests.app.conftest import write_teacher
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_teacher(tmp_path / "teacher")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    quantize(model, weight_bits=1)
+    fiftyfold.export(model, tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    # Exporting to ONNX takes half a minute; one test does it.
+    monkeypatch.setattr(contenders, "_ONNX_PACKAGES", ("a_package_that_is_not_there",))
+    return tmp_path
+
+
+def test_a_table_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    words = ["small", "--teacher", "teacher", "--shapes", "1x4,2x8", "--threads", "1", "--output", "figures.json"]
+    try:
+        assert main(["benchmark", *words]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "a_package_that_is_not_there not installed" in printed
+    figures = json.loads((folder / "figures.json").read_text())
+    names = [row["model"] for row in figures["models"]]
+    assert names == ["teacher", "bfloat16", "dynamic int8", "fiftyfold"]
+    for row in figures["models"]:
+        assert row["model"] in printed
+        assert set(row["latency_ms"]) == {"1x4", "2x8"}
+        assert row["tokens_per_second"]["2x8"] == pytest.approx(16000 / row["latency_ms"]["2x8"])
+    bytes_of = {row["model"]: row["weight_bytes"] for row in figures["models"]}
+    assert bytes_of["fiftyfold"] < bytes_of["bfloat16"] < bytes_of["teacher"]
+    assert [absent["name"] for absent in figures["left_out"]] == ["onnxruntime int8"]
+    assert max(len(line) for line in printed.splitlines()) <= 100
+
+
+def test_without_a_teacher_the_model_itself_is_dense(folder: Path) -> None:
+    first, *_, last = (found for found in build_contenders("small", None, "cpu") if isinstance(found, Contender))
+    assert (first.name, last.name) == ("dense float32", "fiftyfold")
+    assert not any(True for _ in quantized_layers(first.model))
+    tokens = torch.arange(1, 7).unsqueeze(0)
+    with torch.no_grad():
+        dense, packed = (found.model(input_ids=tokens).logits for found in (first, last))
+    assert torch.allclose(dense, packed, atol=0.1)
+
+
+@pytest.mark.slow
+def test_onnxruntime_computes_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(contenders, "_ONNX_PACKAGES", ())
+    dense = BertForSequenceClassification.from_pretrained("teacher").eval()
+    found = contenders._onnxruntime_int8(dense)
+    assert isinstance(found, Contender), found
+    tokens = torch.arange(3, 9).view(2, 3)
+    logits = found.model(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    assert torch.allclose(torch.from_numpy(logits), dense(tokens).logits, atol=0.1)
+
+
+def test_an_exporter_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(contenders, "_ONNX_PACKAGES", ())
+    monkeypatch.setattr(contenders, "_onnx_contender", fail)
+    assert contenders._onnxruntime_int8(torch.nn.Linear(1, 1)) == LeftOut(
+        "onnxruntime int8", "it cannot be exported (no such operator)"
+    )
+
+
+def test_shared_tensors_count_once() -> None:
+    one, other = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    other.weight = one.weight
+    one.kept = (torch.zeros(8, dtype=torch.uint8), None)  # type: ignore[assignment]
+    assert resident_bytes(torch.nn.Sequential(one, other)) == 64 + 8
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["nowhere"], "nowhere"),
+        (["teacher"], "not a folder that fiftyfold exported"),
+        (["small", "--teacher", "nobody"], "'nobody'"),
+        (["small", "--shapes", "8by9"], "'8by9'"),
+        (["small", "--shapes", "0x9"], "'0x9'"),
+        (["small", "--shapes", "64x9"], "at most 32 sentences"),
+        (["small", "--shapes", "1x65"], "at most 64 tokens"),
+        (["small", "--threads", "0"], "at least 1"),
+        (["small", "--output", "teacher"], "exists already"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str
+) -> None:
+    assert main(["benchmark", *words]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fiftyfold: error: ")
+    assert named in error
+
+
+def test_cuda_needs_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["benchmark", "small", "--device", "cuda"]) == 1
+    assert "no CUDA GPU" in capsys.readouterr().err
