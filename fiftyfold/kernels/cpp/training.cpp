@@ -194,7 +194,10 @@ FF_API uint64_t ff_checksum(const float* x, int64_t rows, int64_t columns) {
     for (int64_t row = begin; row < end; row++) sums[row] = fiftyfold::steps().checksum(x + row * columns, columns);
   });
   uint64_t all = 0;
-  for (uint64_t sum : sums) all = (all ^ sum) * 0x100000001b3u;
+  for (uint64_t sum : sums) {
+    all = (all ^ sum) * 0x9e3779b97f4a7c15u;
+    all ^= all >> 32;
+  }
   return all;
 }
 

@@ -129,18 +129,27 @@ static FF_INLINE void dequantize_row(const int8_t* codes, int64_t n, float scale
   for (int64_t i = 0; i < n; i++) y[i] = static_cast<float>(codes[i]) * scale;
 }
 
-// A number that changes when an entry does: polynomials of 32-bit words, one for each of many lanes.
+// Every step keeps what differs different, and carries it from the highest bit, the sign, to lower ones: without that,
+// an even number of changed signs would cancel out.
+static FF_INLINE uint32_t mixed(uint32_t sum, float x) {
+  sum = (sum ^ bits_of(x)) * 0x9e3779b1u;
+  return sum ^ sum >> 15;
+}
+
+// A number that changes when an entry does.
 static FF_INLINE uint64_t checksum(const float* x, int64_t n) {
   constexpr int kMany = 64;
-  constexpr uint32_t kFactor = 0x9e3779b1u;
   uint32_t sums[kMany] = {};
   int64_t i = 0;
   for (; i + kMany <= n; i += kMany) {
-    for (int lane = 0; lane < kMany; lane++) sums[lane] = sums[lane] * kFactor + bits_of(x[i + lane]);
+    for (int lane = 0; lane < kMany; lane++) sums[lane] = mixed(sums[lane], x[i + lane]);
   }
-  for (int lane = 0; i < n; i++, lane++) sums[lane] = sums[lane] * kFactor + bits_of(x[i]) + 1;
+  for (int lane = 0; i < n; i++, lane++) sums[lane] = mixed(sums[lane] + 1, x[i]);
   uint64_t all = 0;
-  for (int lane = 0; lane < kMany; lane++) all = all * 0x100000001b3u + sums[lane];
+  for (int lane = 0; lane < kMany; lane++) {
+    all = (all ^ sums[lane]) * 0x9e3779b97f4a7c15u;
+    all ^= all >> 32;
+  }
   return all;
 }
 
