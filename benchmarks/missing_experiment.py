@@ -57,7 +57,7 @@ class Budget:
     steps: int = 60
     block_steps: int = 30
     batch_size: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
 
 
 BUDGETS = {"stories": Budget(sequence=128), "decoder": Budget(sequence=128, steps=40, block_steps=20)}

@@ -77,16 +77,20 @@ def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.export import export
     from fiftyfold.app.kernels import kernels
     from fiftyfold.app.plan import plan
+    from fiftyfold.app.profile import profile
     from fiftyfold.app.quickstart import quickstart
     from fiftyfold.app.report import report
+    from fiftyfold.app.tensorize import tensorize_command
 
     return {
         "quickstart": quickstart,
         "compress": compress,
+        "tensorize": tensorize_command,
         "augment": augment,
         "export": export,
         "evaluate": evaluate,
         "plan": plan,
+        "profile": profile,
         "report": report,
         "benchmark": benchmark,
         "kernels": kernels,

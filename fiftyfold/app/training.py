@@ -13,13 +13,13 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from transformers.utils.logging import disable_progress_bar
 
 from fiftyfold.app.last_checkpoint import LastCheckpoint
 from fiftyfold.callbacks import DurableCheckpointIO, RandomStates, StopOnSignal
-from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.task_module import TaskModule
@@ -54,12 +54,14 @@ def claim_output(folder: Path) -> None:
 
 
 @contextmanager
-def work_folder(folder: Path, options: dict[str, Any]) -> Iterator[Path | None]:
+def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckpt") -> Iterator[Path | None]:
     """Keep a run's checkpoints in ``folder`` until it has ended well.
 
     Args:
-        folder: the work folder. It goes when the block ends well, or fails before the first checkpoint.
+        folder: the work folder. It goes when the block ends well, or fails before there is a checkpoint or what
+            ``keeps`` names.
         options: all that decides the run, as JSON values; an interrupted run goes on only under the same options.
+        keeps: what a run that fails has to have made for its folder to stay: a file or folder inside.
 
     Yields:
         The checkpoint to go on from, or None for a new run.
@@ -76,7 +78,7 @@ def work_folder(folder: Path, options: dict[str, Any]) -> Iterator[Path | None]:
         try:
             yield last if last.is_file() else None
         except BaseException:
-            if not last.is_file():
+            if not last.is_file() and not (folder / keeps).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +97,7 @@ def _stamp_options(stamp: Path, options: str) -> None:
 
 def train(
     module: TaskModule,
-    data: GLUEDataModule,
+    data: LightningDataModule,
     *,
     epochs: int,
     work: Path,
@@ -147,7 +149,7 @@ def train(
     module.load_state_dict(checkpoint["state_dict"])
 
 
-def score(module: TaskModule, data: GLUEDataModule) -> dict[str, float]:
+def score(module: TaskModule, data: LightningDataModule) -> dict[str, float]:
     """Return the development metrics of ``module`` by name, the selection metric under ``val/score``."""
     trainer = lightning.Trainer(
         devices=1,

@@ -127,6 +127,10 @@ class LanguageModelingDataModule(LightningDataModule):
             return self._sequence_length
         return min(LONGEST_DEFAULT, int(self.tokenizer.model_max_length))
 
+    def has_split(self, split: str) -> bool:
+        """Tell whether the data have ``train``, ``validation`` or ``test`` text of their own."""
+        return split in self._sources()
+
     def last_split(self) -> str:
         """Return ``test`` if the data have it, else ``validation``, else ``train``."""
         sources = self._sources()

@@ -127,3 +127,128 @@ def test_a_plan_is_what_the_export_weighs(place: Path) -> None:
     quantize(model, weight_bits=8)
     report = fiftyfold.export(model, "out2")
     assert report.file_bytes - report.part_bytes["header"] == pytest.approx(rows[-1]["gigabytes"] * 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "output_error"])
+def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, monkeypatch) -> None:
+    from fiftyfold.app import profile
+
+    words = ["profile", "teacher", "--data", "data", "--metric", metric, "--bond_dimensions", "[2,8]"]
+    words += ["--targets", "[layers.0.mlp,layers.5.self_attn.q]", "--output", "whole", "--tokens", "120"]
+    assert main(words) == 0
+    whole = json.loads(Path("whole/profile.json").read_text())
+    assert len(whole["cells"]) == 8
+    assert Path("whole/profile.png").stat().st_size > 1000
+    assert len(Path("whole/profile.csv").read_text().splitlines()) == 9
+    by_layer = {}
+    for cell in whole["cells"]:
+        by_layer.setdefault(cell["layer"], []).append(cell["value"])
+    if metric == "output_error":
+        assert all(small > large for small, large in by_layer.values()), "a larger bond errs less"
+
+    class CutError(Exception):
+        pass
+
+    def cut(cells, *args, **kwargs):
+        for number, cell in enumerate(cells):
+            if number == 3:
+                raise CutError
+            yield cell
+
+    words[words.index("whole")] = "part"
+    with monkeypatch.context() as patch:
+        patch.setattr(profile, "track", cut)
+        with pytest.raises(CutError):
+            main(words)
+    file = Path("part/cells.jsonl")
+    assert len(file.read_text().splitlines()) == 4
+    file.write_text(file.read_text() + '{"layer": "model.la')
+    assert main(words) == 0
+    assert json.loads(Path("part/profile.json").read_text()) == whole
+    assert main([*words[:-1], "60"]) == 1, "other options"
+
+
+def test_profiling_leaves_the_model_as_it_was() -> None:
+    from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error
+    from fiftyfold.modules.tensor_network.form import balanced_form, low_rank_form
+    from tests.text import tokens
+
+    for kind, name in (("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.attn.c_proj")):
+        model = tiny_language_model(kind)
+        layer, expected = model.get_submodule(name), model(tokens()).logits
+        full = low_rank_form((layer.weight.shape if kind == "llama" else layer.weight.shape[::-1]), 16)
+        with approximated(layer, full):
+            torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-4, rtol=1e-3)
+        with approximated(layer, balanced_form(full.shape, 3, 1)):
+            assert not torch.allclose(model(tokens()).logits, expected, atol=1e-4)
+        assert torch.equal(model(tokens()).logits, expected)
+        moments = input_moments(model, [name], [{"input_ids": tokens()}])[name]
+        assert output_error(layer, full, moments) < 1e-3
+        assert 0.1 < output_error(layer, balanced_form(full.shape, 3, 1), moments) < 1.5
+
+
+def tensorize_words(*more: str) -> list[str]:
+    words = ["tensorize", "teacher", "--data", "data", "--keep", "0.3", "--sequence_length", "12", "--batch_size", "4"]
+    return [*words, "--output", "small", *more]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--core_bits", "8", "--block_share", "0"),
+        ("--exclude", "[down_proj]", "--rest_bits", "4", "--cores", "2", "--split", "low_rank"),
+        ("--epochs", "0"),
+    ],
+    ids=["plain", "8-bit cores", "rest in 4 bits", "not healed"],
+)
+def test_a_language_model_in_one_line(place: Path, more: tuple[str, ...], capsys) -> None:
+    assert main(tensorize_words(*more)) == 0
+    assert "perplexity:" in capsys.readouterr().out
+    report = json.loads(Path("small/fiftyfold_report.json").read_text())
+    assert set(report["scores"]) == {"original", "decomposed", "exported"}
+    assert Path("small/model.safetensors").stat().st_size < Path("teacher/model.safetensors").stat().st_size / 3
+    assert not Path("small.work").exists()
+    model = AutoModelForCausalLM.from_pretrained("small")
+    assert model.generate(torch.tensor([[1, 5]]), max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 6)
+    assert main(tensorize_words(*more)) == 1, "nothing is overwritten"
+
+
+def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatch) -> None:
+    from safetensors.torch import load_file
+
+    from fiftyfold.app import training
+    from fiftyfold.modules.healing_module import HealingModule
+
+    monkeypatch.setattr(training, "SAVE_EVERY_STEPS", 1)
+    assert main(tensorize_words()) == 0
+    whole = load_file("small/model.safetensors")
+    Path("small").rename("whole")
+    original, calls = HealingModule.training_losses, []
+
+    def cut(module, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(module, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingModule, "training_losses", cut)
+        assert main(tensorize_words()) == 130
+    assert Path("small.work/decomposed").is_dir()
+    assert main(tensorize_words()) == 0
+    for name, tensor in load_file("small/model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_impossible_orders_are_refused_before_anything_is_written(place: Path, capsys) -> None:
+    for more, message in (
+        (("--keep", "1.5"), "between 0 and 1"),
+        (("--rest_bits", "8", "--exclude", "[absent]"), "absent"),
+        (("--epochs", "0", "--core_bits", "8"), "core_bits"),
+        (("--cores", "1"), "cores"),
+        (("--sequence_length", "41"), "reads at most 40"),
+    ):
+        assert main(tensorize_words(*more)) == 1
+        assert message in capsys.readouterr().err
+        assert not Path("small").exists()

@@ -120,7 +120,7 @@ def quantize_bitsandbytes(
     """
     if bits not in (4, 8):
         raise FiftyfoldError(f"bitsandbytes quantizes to 4 or 8 bits, not {bits!r}; for others use quantize.")
-    eligible = _eligible(model)
+    eligible = dense_linears(model)
     if not eligible:
         raise FiftyfoldError(f"{type(model).__name__} has no dense linear layer left to quantize.")
     chosen = matching("targets", targets, eligible)
@@ -164,7 +164,8 @@ def replay_bitsandbytes(model: nn.Module, operation: Operation) -> None:
         replace_module(model, layer, packed.train(layer.training))
 
 
-def _eligible(model: nn.Module) -> dict[str, nn.Module]:
+def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of ``model`` whose weight is a matrix of their own, by name."""
     linears = {name: module for name, module in named_layers(model) if type(module) is nn.Linear and name}
     uses: dict[int, int] = {}
     for module in model.modules():

@@ -1,0 +1,256 @@
+"""``fiftyfold tensorize``: a language model as tensor networks, healed, quantized and exported, in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from transformers import PreTrainedModel
+
+from fiftyfold.app.road import weights_bytes
+from fiftyfold.app.summary import Row, print_table
+from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
+from fiftyfold.callbacks import QuantizationAwareTraining
+from fiftyfold.datamodules import LanguageModelingDataModule
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules import HealingModule, LanguageModelingModule, export, load, quantize_bitsandbytes, tensorize
+from fiftyfold.modules.packed.contents import round_rest
+from fiftyfold.modules.packed.export import REPORT_FILE
+from fiftyfold.modules.pretrained import Objective, load_language_model
+from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linears
+from fiftyfold.modules.sizes import model_size
+from fiftyfold.modules.tensor_network.layers import network_layers
+from fiftyfold.modules.tensor_network.tensorize import Split
+
+DECOMPOSED = "decomposed"
+"""Folder, below the work folder, of the model as it is before it is healed."""
+
+
+@dataclass(frozen=True)
+class TensorizeRecipe:
+    """What decides one compression; the fields are the arguments of ``fiftyfold tensorize``.
+
+    Raises:
+        FiftyfoldError: if a training could not even begin with a value.
+    """
+
+    model: str
+    data: str
+    keep: float
+    cores: int
+    split: Split
+    exclude: tuple[str, ...]
+    objective: Objective
+    epochs: int
+    block_share: float
+    hidden_weight: float
+    learning_rate: float
+    batch_size: int
+    sequence_length: int | None
+    limit_train: int | None
+    core_bits: Literal[8] | None
+    rest_bits: Bits | None
+    document_separator: str
+    text_column: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise FiftyfoldError(f"epochs is {self.epochs}, but cannot be negative.")
+        if not self.learning_rate > 0:
+            raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
+
+
+def tensorize_command(
+    model: str,
+    *,
+    data: str,
+    keep: float = 0.3,
+    output: str | None = None,
+    cores: int = 3,
+    split: Split = "even",
+    exclude: list[str] | None = None,
+    objective: Objective = "causal",
+    epochs: int = 1,
+    block_share: float = 0.3,
+    hidden_weight: float = 0.0,
+    learning_rate: float = 1e-3,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+    limit_train: int | None = None,
+    core_bits: Literal[8] | None = None,
+    rest_bits: Literal[4, 8] | None = None,
+    document_separator: str = "<|endoftext|>",
+    text_column: str = "text",
+    seed: int = 42,
+) -> None:
+    """Turn a language model's matrices into tensor networks, heal it on text, quantize, export, and print one table.
+
+    Ctrl-C or a crash loses little: the same command goes on where the run stopped.
+
+    Args:
+        model: a folder or a hub id.
+        data: text to heal on: a file, a folder with train and valid files, or a hub id.
+        keep: share of each matrix's numbers that its network may have.
+        output: folder for the compressed model; by default the model's name with the share appended.
+        cores: cores of each network.
+        split: even (matrix product operators, as CompactifAI) or low_rank (two thin matrices; takes 2 cores).
+        exclude: patterns of names that stay dense, such as down_proj.
+        objective: causal, or masked for models that fill in hidden tokens.
+        epochs: passes over the text; 0 does not heal.
+        block_share: share of the healing that goes block by block.
+        hidden_weight: weight of the hidden states beside the teacher's predictions.
+        learning_rate: the highest.
+        batch_size: sequences a step.
+        sequence_length: tokens a sequence; by default what the model reads, at most 512.
+        limit_train: heal on so many sequences only.
+        core_bits: 8 trains the cores under 8-bit quantizers and packs them.
+        rest_bits: hold dense linear layers that are left in 4 or 8 bits, by bitsandbytes, after healing.
+        document_separator: what stands between two documents of a .txt file.
+        text_column: where JSON objects, parquet files and the hub's sets have their text.
+        seed: seed of the data's order.
+    """
+    recipe = TensorizeRecipe(
+        model=model,
+        data=data,
+        keep=keep,
+        cores=cores,
+        split=split,
+        exclude=tuple(exclude or ()),
+        objective=objective,
+        epochs=epochs,
+        block_share=block_share,
+        hidden_weight=hidden_weight,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        limit_train=limit_train,
+        core_bits=core_bits,
+        rest_bits=rest_bits,
+        document_separator=document_separator,
+        text_column=text_column,
+        seed=seed,
+    )
+    name = f"{Path(model).resolve().name}-{round(100 * keep)}percent"
+    place = Path(output or name).expanduser()
+    if place.resolve() == Path.cwd():
+        raise FiftyfoldError("the output replaces its folder, which cannot be the current directory; name one inside.")
+    compress_language_model(recipe, place)
+
+
+def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
+    """Decompose, heal, quantize, export, reload, score and print.
+
+    Args:
+        recipe: what to do.
+        folder: where the compressed model goes; must not hold anything.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        FiftyfoldError: if something does not fit; nothing is overwritten.
+    """
+    claim_output(folder)
+    quiet_lightning()
+    lightning.seed_everything(recipe.seed, verbose=False)
+    teacher = load_language_model(recipe.model, "model", recipe.objective)
+    text = build_text(recipe)
+    text.setup("fit")
+    before = _score(teacher, text, recipe.objective)
+    work = folder.with_name(folder.name + ".work")
+    options = json.loads(json.dumps(asdict(recipe)))
+    with work_folder(work, options, keeps=DECOMPOSED) as resume_from:
+        _decompose(recipe, teacher, text, work / DECOMPOSED)
+        decomposed = _score(load(work / DECOMPOSED), text, recipe.objective)
+        student = _heal(recipe, text, work, resume_from)
+        if recipe.rest_bits is not None:
+            quantize_bitsandbytes(student, recipe.rest_bits)
+        # What goes to disk is what is scored.
+        round_rest(student)
+        scores = {"original": before, "decomposed": decomposed}
+        report = {"recipe": options, "scores": scores}
+        aside = work / "packed"
+        written = export(student, aside, tokenizer=text.tokenizer, report=report, overwrite=True)
+        after = _score(load(aside), text, recipe.objective)
+        rows = [
+            Row("original", before["val/accuracy"], weights_bytes(recipe.model), count_numbers(teacher)),
+            Row("decomposed", decomposed["val/accuracy"]),
+            Row("healed, exported", after["val/accuracy"], written.file_bytes, count_numbers(student)),
+        ]
+        file = aside / REPORT_FILE
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content |= {"scores": scores | {"exported": after}, "rows": [row.to_json() for row in rows]}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        aside.rename(folder)
+    print_table(rows, metric="accuracy", title=str(folder))
+    perplexities = [scores["original"], scores["decomposed"], after]
+    print("perplexity: " + " → ".join(f"{figures['val/perplexity']:.2f}" for figures in perplexities))
+    return rows
+
+
+def build_text(recipe: TensorizeRecipe) -> LanguageModelingDataModule:
+    """Return the recipe's text, tokenised as its model expects."""
+    return LanguageModelingDataModule(
+        recipe.model,
+        recipe.data,
+        objective=recipe.objective,
+        sequence_length=recipe.sequence_length,
+        document_separator=recipe.document_separator,
+        text_column=recipe.text_column,
+        batch_size=recipe.batch_size,
+        limit_train=recipe.limit_train,
+        seed=recipe.seed,
+    )
+
+
+def count_numbers(model: torch.nn.Module) -> int:
+    """Return how many numbers a model has, those of its networks' cores counted as they train."""
+    return model_size(model).parameters
+
+
+def _decompose(
+    recipe: TensorizeRecipe, teacher: PreTrainedModel, text: LanguageModelingDataModule, folder: Path
+) -> None:
+    if folder.is_dir():
+        return
+    student = copy.deepcopy(teacher)
+    tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
+    if recipe.rest_bits is not None and not dense_linears(student):
+        raise FiftyfoldError("tensor networks leave no dense linear layer: leave rest_bits out, or exclude layers.")
+    export(student, folder, tokenizer=text.tokenizer, rest_dtype="float32")
+
+
+def _heal(
+    recipe: TensorizeRecipe, text: LanguageModelingDataModule, work: Path, resume_from: Path | None
+) -> PreTrainedModel:
+    module = HealingModule(
+        recipe.model,
+        str(work / DECOMPOSED),
+        objective=recipe.objective,
+        hidden_weight=recipe.hidden_weight,
+        block_share=recipe.block_share,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
+    )
+    callbacks: tuple[QuantizationAwareTraining, ...] = ()
+    if recipe.core_bits is not None:
+        names = [rf"^{name}$".replace(".", r"\.") for name, _ in network_layers(module.student)]
+        callbacks = (
+            QuantizationAwareTraining(
+                weight_bits=recipe.core_bits, activation_bits=None, granularity="per_channel", targets=names
+            ),
+        )
+    if recipe.epochs:
+        train(module, text, epochs=recipe.epochs, work=work, callbacks=callbacks, resume_from=resume_from)
+    elif recipe.core_bits is not None:
+        raise FiftyfoldError("core_bits quantizes in training: give epochs of at least 1.")
+    return module.student.eval()
+
+
+def _score(model: Any, text: LanguageModelingDataModule, objective: Objective) -> dict[str, float]:
+    return score(LanguageModelingModule(model, objective=objective), text)
