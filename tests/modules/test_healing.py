@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fiftyfold.callbacks import LayerReduction, RandomStates
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import HealingModule, LanguageModelingModule, heal, reduce_layers
 from fiftyfold.modules.healing import Healer, HealingLoss, relative_difference, token_divergence
+from fiftyfold.modules.surgery import parameter_checksum
 from fiftyfold.modules.teacher import FrozenTeacher
 from tests.modules.training import same_weights, trainer
 from tests.text import SIZE, roughened, tiny_language_model, tokens, write_text, write_word_tokenizer
@@ -223,3 +225,19 @@ def test_a_larger_vocabulary_is_refused(place):
     write_word_tokenizer(place / "large", size=SIZE + 1)
     with pytest.raises(FiftyfoldError, match="51 tokens"):
         fit(HealingModule("teacher"), datamodule=data(tokenizer="large"))
+
+
+class _EqualRanks(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        sums = trainer.strategy.all_gather(parameter_checksum(pl_module))
+        assert trainer.world_size == len(sums) == 2
+        assert torch.equal(sums[0], sums[1]), f"the ranks differ at step {trainer.global_step}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_heal_one_model(place):
+    """In both phases, though the block-wise one leaves the embedding without a gradient."""
+    module = HealingModule("teacher", block_share=0.5, optimizer=adam)
+    fit(module, steps=4, callbacks=[_EqualRanks()], strategy="ddp_fork", devices=2, use_distributed_sampler=False)
