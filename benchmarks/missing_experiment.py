@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
-from fiftyfold.modules import heal, quantize, tensorize
+from fiftyfold.modules import compress_matrices, heal, quantize, tensorize
 from fiftyfold.modules.perplexity import TextScore, score_documents, score_row
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.structure import apply_operation
@@ -68,6 +68,8 @@ METHODS: dict[str, Callable[[PreTrainedModel, float, Grams], None]] = {
     "mpo-3": lambda model, share, _: _tensorize(model, share, 3, "even"),
     "whitened-svd-gauge": lambda model, share, grams: whitened_svd(model, share, grams, fixed=True),
 }
+OURS = "ours"
+ALL_METHODS = (*METHODS, OURS)
 EIGHT_BIT_SHARES = (0.266, 0.5)
 PLAIN_BITS = {"int8": 8, "int4": 4}
 
@@ -124,12 +126,12 @@ def cells(model: str, seeds: list[int]) -> Iterator[Cell]:
     """Yield all cells of a model, the first seed's first, and the first table's before the second's."""
     for seed in seeds:
         yield Cell(model, "dense", 1.0, 16, seed) if seed == 0 else Cell(model, "dense", 1.0, 16, 0)
-        for share, method in itertools.product(SHARES, METHODS):
+        for share, method in itertools.product(SHARES, ALL_METHODS):
             yield Cell(model, method, share, 16, seed)
     for seed in seeds:
         for name, bits in PLAIN_BITS.items():
             yield Cell(model, name, 1.0, bits, seed)
-        for share, method in itertools.product(EIGHT_BIT_SHARES, METHODS):
+        for share, method in itertools.product(EIGHT_BIT_SHARES, ALL_METHODS):
             yield Cell(model, method, share, 8, seed)
 
 
@@ -160,7 +162,11 @@ class Study:
         torch.manual_seed(cell.seed)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         matrices = find_matrices(student)
-        compress(student, cell, self.grams(cell.seed) if cell.method.startswith("whitened") else {})
+        if cell.method == OURS:
+            batches = list(self.calibration(cell.seed).split(8))
+            compress_matrices(student, batches, cell.share, factor_bits=cell.bits)
+        else:
+            compress(student, cell, self.grams(cell.seed) if cell.method.startswith("whitened") else {})
         result: dict[str, Any] = {
             "cell": cell.name,
             "method": cell.method,
@@ -194,10 +200,14 @@ class Study:
     def grams(self, seed: int) -> Grams:
         """Return the activations' second moments of the original model on the seed's calibration text."""
         if seed not in self._grams:
-            generator = torch.Generator().manual_seed(2000 + seed)
-            chosen = torch.randperm(len(self.sequences), generator=generator)[: self.budget.calibration_sequences]
-            self._grams[seed] = activation_grams(self.teacher, self.sequences[chosen])
+            self._grams[seed] = activation_grams(self.teacher, self.calibration(seed))
         return self._grams[seed]
+
+    def calibration(self, seed: int) -> Tensor:
+        """Return the seed's calibration sequences."""
+        generator = torch.Generator().manual_seed(2000 + seed)
+        chosen = torch.randperm(len(self.sequences), generator=generator)[: self.budget.calibration_sequences]
+        return self.sequences[chosen]
 
     def score(self, model: PreTrainedModel) -> TextScore:
         """Score the held-out text: a story on its own, or a row in windows of 256 that overlap by half."""
@@ -302,7 +312,7 @@ def matrix_bytes(model: nn.Module, matrices: list[str], cell: Cell | None) -> fl
     total = 0.0
     for name in matrices:
         layer = model.get_submodule(name)
-        free = cell is not None and cell.bits == 16 and "gauge" not in cell.method
+        free = cell is not None and cell.bits == 16 and "gauge" not in cell.method and cell.method != OURS
         if free and isinstance(layer, TensorNetworkLayer):
             total += layer.form.count * 2
         else:
@@ -322,7 +332,7 @@ def tables() -> str:
             lines += ["", f"**{model}, factors in {bits} bits**", ""]
             heads = [f"{share:.0%} before" + " | " + f"{share:.0%} healed" for share in shares]
             lines += ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * (2 * len(shares))]
-            for method in METHODS:
+            for method in ALL_METHODS:
                 entries = [_entry(mine, method, share, bits, phase) for share in shares for phase in _PHASES]
                 lines.append(f"| {method} | " + " | ".join(entries) + " |")
         for method, bits in {"dense": 16, **PLAIN_BITS}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,15 @@ from fiftyfold.app.training import claim_output, quiet_lightning, score, train, 
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import HealingModule, LanguageModelingModule, export, load, quantize_bitsandbytes, tensorize
+from fiftyfold.modules import (
+    HealingModule,
+    LanguageModelingModule,
+    compress_matrices,
+    export,
+    load,
+    quantize_bitsandbytes,
+    tensorize,
+)
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.pretrained import Objective, load_language_model
@@ -29,6 +38,12 @@ from fiftyfold.modules.tensor_network.tensorize import Split
 
 DECOMPOSED = "decomposed"
 """Folder, below the work folder, of the model as it is before it is healed."""
+
+
+CALIBRATION_TOKENS = 65_536
+"""Tokens of the training text on which the outputs of layers are compared."""
+
+Method = Literal["activations", "weights"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class TensorizeRecipe:
     model: str
     data: str
     keep: float
+    method: Method
     cores: int
     split: Split
     exclude: tuple[str, ...]
@@ -72,6 +88,7 @@ def tensorize_command(
     data: str,
     keep: float = 0.3,
     output: str | None = None,
+    method: Method = "activations",
     cores: int = 3,
     split: Split = "even",
     exclude: list[str] | None = None,
@@ -96,10 +113,13 @@ def tensorize_command(
     Args:
         model: a folder or a hub id.
         data: text to heal on: a file, a folder with train and valid files, or a hub id.
-        keep: share of each matrix's numbers that its network may have.
+        keep: share of the matrices' bytes in 16 bits that their networks may take, for activations; share of each
+            matrix's numbers, for weights.
         output: folder for the compressed model; by default the model's name with the share appended.
-        cores: cores of each network.
-        split: even (matrix product operators, as CompactifAI) or low_rank (two thin matrices; takes 2 cores).
+        method: activations spreads one budget over all matrices and solves for their outputs on the text; weights cuts
+            each matrix alone by singular values, as CompactifAI does.
+        cores: cores of each network, for weights.
+        split: for weights, even (matrix product operators, as CompactifAI) or low_rank (two thin matrices; 2 cores).
         exclude: patterns of names that stay dense, such as down_proj.
         objective: causal, or masked for models that fill in hidden tokens.
         epochs: passes over the text; 0 does not heal.
@@ -119,6 +139,7 @@ def tensorize_command(
         model=model,
         data=data,
         keep=keep,
+        method=method,
         cores=cores,
         split=split,
         exclude=tuple(exclude or ()),
@@ -220,10 +241,19 @@ def _decompose(
     if folder.is_dir():
         return
     student = copy.deepcopy(teacher)
-    tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
+    if recipe.method == "activations":
+        compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude)
+    else:
+        tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
     if recipe.rest_bits is not None and not dense_linears(student):
         raise FiftyfoldError("tensor networks leave no dense linear layer: leave rest_bits out, or exclude layers.")
     export(student, folder, tokenizer=text.tokenizer, rest_dtype="float32")
+
+
+def _calibration(text: LanguageModelingDataModule) -> list[dict[str, torch.Tensor]]:
+    """Return the first batches of the training text, as far as the calibration's tokens go."""
+    most = max(1, CALIBRATION_TOKENS // (text.batch_size * text.sequence_length))
+    return [{"input_ids": batch["input_ids"]} for batch in itertools.islice(text.train_dataloader(), most)]
 
 
 def _heal(

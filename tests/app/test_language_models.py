@@ -196,11 +196,12 @@ def tensorize_words(*more: str) -> list[str]:
     "more",
     [
         (),
-        ("--core_bits", "8", "--block_share", "0"),
-        ("--exclude", "[down_proj]", "--rest_bits", "4", "--cores", "2", "--split", "low_rank"),
+        ("--method", "weights"),
+        ("--method", "weights", "--core_bits", "8", "--block_share", "0"),
+        ("--method", "weights", *"--exclude [down_proj] --rest_bits 4 --cores 2 --split low_rank".split()),
         ("--epochs", "0"),
     ],
-    ids=["plain", "8-bit cores", "rest in 4 bits", "not healed"],
+    ids=["by activations", "by weights", "8-bit cores", "rest in 4 bits", "not healed"],
 )
 def test_a_language_model_in_one_line(place: Path, more: tuple[str, ...], capsys) -> None:
     assert main(tensorize_words(*more)) == 0
@@ -246,7 +247,7 @@ def test_impossible_orders_are_refused_before_anything_is_written(place: Path, c
         (("--keep", "1.5"), "between 0 and 1"),
         (("--rest_bits", "8", "--exclude", "[absent]"), "absent"),
         (("--epochs", "0", "--core_bits", "8"), "core_bits"),
-        (("--cores", "1"), "cores"),
+        (("--method", "weights", "--cores", "1"), "cores"),
         (("--sequence_length", "41"), "reads at most 40"),
     ):
         assert main(tensorize_words(*more)) == 1
