@@ -8,7 +8,7 @@ namespace fiftyfold {
 namespace FF_PATH {
 
 #if FF_DOT
-#define FF_NEON __attribute__((target("+dotprod")))
+#define FF_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
 #else
 #define FF_NEON
 #endif

@@ -1,0 +1,164 @@
+// Checks the library without torch: every path against sums in plain integers, under sanitizers or an emulator.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+int pick(int low, int high) { return low + static_cast<int>(random_bits() % static_cast<unsigned>(high - low + 1)); }
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25)
+                                   : std::ldexp(static_cast<float>(fraction), -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+struct Case {
+  int tokens, inputs, outputs, groups, bits, activation_bits;
+  bool full_range, bias, clip, fixed, odd, extreme;
+};
+
+// The output of one token, step by step.
+void expected_row(const Case& c, const float* x, const std::vector<int8_t>& codes, const float* scale,
+                  const float* bias, float clip, const float* largest, float* y) {
+  const float high = c.activation_bits == 16 ? 32639.0f : static_cast<float>((1 << (c.activation_bits - 1)) - 1);
+  const float low = -high - (c.full_range ? 1.0f : 0.0f);
+  float magnitude = 0;
+  bool broken = false;
+  std::vector<float> values(static_cast<size_t>(c.inputs));
+  for (int k = 0; k < c.inputs; k++) {
+    values[k] = x[k] < -clip ? -clip : x[k] > clip ? clip : x[k];
+    broken |= std::isnan(values[k]);
+    magnitude = std::fmax(magnitude, std::fabs(values[k]));
+  }
+  if (largest) magnitude = *largest;
+  broken |= !std::isfinite(magnitude);
+  const float divisor = std::fmax(magnitude / -low, 1.17549435e-38f);
+  const int size = c.inputs / c.groups;
+  for (int n = 0; n < c.outputs; n++) {
+    float value = 0;
+    for (int g = 0; g < c.groups; g++) {
+      int64_t sum = 0;
+      for (int k = g * size; k < (g + 1) * size && !broken; k++) {
+        const float code = std::fmin(std::fmax(std::nearbyint(values[k] / divisor), low), high);
+        sum += static_cast<int64_t>(code) * codes[static_cast<size_t>(n) * c.inputs + k];
+      }
+      const float part = static_cast<float>(sum) * (broken ? NAN : divisor) * scale[g * c.outputs + n];
+      value = g ? value + part : part;
+    }
+    y[n] = bias ? value + bias[n] : value;
+  }
+}
+
+bool same(float a, float b) { return (std::isnan(a) && std::isnan(b)) || a == b; }
+
+bool check_linear(const Case& c) {
+  std::vector<int8_t> codes(static_cast<size_t>(c.outputs) * c.inputs);
+  for (auto& code : codes) code = static_cast<int8_t>(c.extreme ? 1 : c.bits == 1 ? pick(0, 1) * 2 - 1 : pick(-1, 1));
+  std::vector<uint8_t> arranged(static_cast<size_t>(ff_arranged_bytes(c.outputs, c.inputs, c.groups, c.bits)));
+  ff_arrange(codes.data(), c.outputs, c.inputs, c.groups, c.bits, arranged.data());
+  const int stride = c.inputs + pick(0, 3);
+  // The last token ends where the memory ends.
+  std::vector<float> x(static_cast<size_t>((c.tokens - 1) * stride + c.inputs));
+  for (auto& value : x) value = c.extreme ? -1.0f : static_cast<float>(pick(-1000, 1000)) * 0.0137f;
+  if (c.odd) x[static_cast<size_t>(pick(0, static_cast<int>(x.size()) - 1))] = pick(0, 1) ? NAN : INFINITY;
+  std::vector<float> scale(static_cast<size_t>(c.groups * c.outputs)), bias(static_cast<size_t>(c.outputs));
+  for (auto& value : scale) value = static_cast<float>(pick(1, 1000)) * 0.001f;
+  for (auto& value : bias) value = static_cast<float>(pick(-100, 100)) * 0.1f;
+  std::vector<float> y(static_cast<size_t>(c.tokens * c.outputs)), row(static_cast<size_t>(c.outputs));
+  const float largest = 3.7f, clip = c.clip ? 5.0f : INFINITY;
+  FfLinear call{};
+  call.x = x.data(), call.tokens = c.tokens, call.inputs = c.inputs, call.x_stride = stride;
+  call.weight = arranged.data(), call.scale = scale.data(), call.groups = c.groups, call.outputs = c.outputs;
+  call.bias = c.bias ? bias.data() : nullptr, call.y = y.data(), call.largest = c.fixed ? &largest : nullptr;
+  call.clip = clip, call.weight_bits = c.bits, call.activation_bits = c.activation_bits, call.full_range = c.full_range;
+  ff_linear(&call);
+  for (int t = 0; t < c.tokens; t++) {
+    expected_row(c, x.data() + t * stride, codes, scale.data(), call.bias, clip, call.largest, row.data());
+    for (int n = 0; n < c.outputs; n++) {
+      if (!same(row[n], y[t * c.outputs + n])) {
+        std::printf("%s: %d x %d x %d, %d groups, %d bits, %d bits: %.9g, not %.9g\n", ff_path(), c.tokens, c.inputs,
+                    c.outputs, c.groups, c.bits, c.activation_bits, y[t * c.outputs + n], row[n]);
+        return false;
+      }
+    }
+  }
+  // The other types must stay within their memory, and differ by their rounding alone.
+  for (int type = 1; type <= 2; type++) {
+    std::vector<uint16_t> halves(x.size(), static_cast<uint16_t>(type == 1 ? 0x3f80 : 0x3c00));
+    std::vector<uint16_t> out(y.size());
+    call.x = halves.data(), call.y = out.data(), call.float_type = type;
+    ff_linear(&call);
+  }
+  return true;
+}
+
+bool check_embedding(int bits, int rows, int columns) {
+  const int digits = bits == 2 ? 5 : 8, base = bits + 1;
+  std::vector<int> codes(static_cast<size_t>(rows * columns));
+  for (auto& code : codes) code = pick(0, base - 1);
+  std::vector<uint8_t> packed(static_cast<size_t>((rows * columns + digits - 1) / digits));
+  for (size_t i = codes.size(); i-- > 0;) {
+    packed[i / digits] = static_cast<uint8_t>(packed[i / digits] * base + codes[i]);
+  }
+  std::vector<uint16_t> scale(static_cast<size_t>(rows));
+  for (auto& value : scale) value = static_cast<uint16_t>(pick(0, 0x7bff));
+  const std::vector<int64_t> tokens{rows - 1, 0, rows / 2, rows - 1};
+  std::vector<float> y(tokens.size() * static_cast<size_t>(columns));
+  FfEmbedding call{};
+  call.tokens = tokens.data(), call.count = static_cast<int64_t>(tokens.size()), call.rows = rows;
+  call.columns = columns, call.packed = packed.data(), call.packed_bytes = static_cast<int64_t>(packed.size());
+  call.scale = scale.data(), call.y = y.data(), call.bits = bits;
+  if (ff_embedding(&call) != 0) return false;
+  for (size_t t = 0; t < tokens.size(); t++) {
+    for (int k = 0; k < columns; k++) {
+      const int digit = codes[static_cast<size_t>(tokens[t] * columns + k)];
+      const float code = static_cast<float>(bits == 2 ? digit - 1 : digit * 2 - 1);
+      if (y[t * columns + k] != code * half_to_float(scale[static_cast<size_t>(tokens[t])])) return false;
+    }
+  }
+  const int64_t absent = rows;
+  call.tokens = &absent, call.count = 1;
+  return ff_embedding(&call) == 1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
+  int failures = 0;
+  for (int p = 0; ff_supported_path(p); p++) {
+    ff_choose_path(ff_supported_path(p));
+    for (int i = 0; i < cases; i++) {
+      Case c{};
+      c.groups = pick(0, 2) ? 1 : pick(2, 4);
+      c.inputs = c.groups * pick(1, 200), c.outputs = pick(1, 140), c.tokens = pick(0, 3) ? pick(1, 20) : pick(40, 110);
+      c.bits = pick(1, 2);
+      const int activation_bits[] = {4, 8, 8, 16};
+      c.activation_bits = activation_bits[pick(0, 3)];
+      c.full_range = c.activation_bits < 16 && pick(0, 1), c.bias = pick(0, 1), c.clip = pick(0, 2) == 0;
+      c.fixed = pick(0, 2) == 0, c.odd = pick(0, 5) == 0;
+      failures += !check_linear(c);
+    }
+    for (int bits = 1; bits <= 2; bits++) {
+      for (int tokens = 1; tokens <= 8; tokens += 7) {
+        failures += !check_linear({tokens, 16384, 17, 1, bits, 8, true, false, false, false, false, true});
+        failures += !check_linear({tokens, 16384, 65, 1, bits, 16, false, false, false, false, false, true});
+      }
+    }
+    std::printf("%s checked\n", ff_path());
+  }
+  for (int bits = 1; bits <= 2; bits++) {
+    for (int columns = 1; columns < 40; columns += 3) failures += !check_embedding(bits, 7, columns);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
