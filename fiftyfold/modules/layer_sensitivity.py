@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.tensor_network.decomposition import rebuild
@@ -32,7 +33,8 @@ def approximated(layer: nn.Module, form: NetworkForm) -> Iterator[None]:
     assert isinstance(weight, Tensor)
     kept = weight.detach().clone()
     with torch.no_grad():
-        weight.copy_(_as_stored(_approximation(layer, form), weight))
+        matrix = _approximation(layer, form)
+        weight.copy_(matrix.t() if isinstance(layer, Conv1D) else matrix)
     try:
         yield
     finally:
@@ -113,8 +115,3 @@ def _approximation(layer: nn.Module, form: NetworkForm) -> Tensor:
     rows, columns = form.shape
     parts = [rebuild(cores)[:rows, :columns] for cores in cores_of(layer, form)]
     return sum(parts[1:], parts[0])
-
-
-def _as_stored(matrix: Tensor, weight: Tensor) -> Tensor:
-    """Turn (outputs, inputs) round for GPT-2's Conv1D; a square one cannot be told by its shape."""
-    return matrix if matrix.shape == weight.shape else matrix.t()
