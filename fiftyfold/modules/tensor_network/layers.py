@@ -197,9 +197,12 @@ def look_up(tokens: torch.Tensor, cores: Cores) -> torch.Tensor:
 
     Returns:
         (n, product of the cores' inputs).
+
+    Raises:
+        IndexError: on a CPU, if a number is not that of a row.
     """
     state = cores[0].new_ones(1, 1, 1)
-    below = math.prod([core.shape[1] for core in cores])
+    below, width, first = math.prod([core.shape[1] for core in cores]), 1, True
     for core in cores:
         left, rows, columns, right = core.shape
         below //= rows
@@ -207,11 +210,14 @@ def look_up(tokens: torch.Tensor, cores: Cores) -> torch.Tensor:
             chosen = core.reshape(1, left, columns * right)
         else:
             # index_select rather than indexing: its gradient adds up in a fixed order on CPUs.
-            digits = tokens // below % rows
+            # The first digit is not wrapped around: a number beyond the last row is an error, as in a dense embedding.
+            digits = tokens // below if first else tokens // below % rows
+            first = False
             chosen = core.transpose(0, 1).index_select(0, digits).reshape(-1, left, columns * right)
         state = state @ chosen
-        state = state.reshape(state.shape[0], -1, right)
-    return state.reshape(state.shape[0], -1).expand(len(tokens), -1)
+        width *= columns
+        state = state.reshape(state.shape[0], width, right)
+    return state.squeeze(2).expand(len(tokens), width)
 
 
 _NETWORKS: dict[type[nn.Module], type[TensorNetworkLayer]] = {

@@ -91,6 +91,21 @@ def test_padding_teaches_nothing():
     assert not model[0].weight.grad.any()
 
 
+@pytest.mark.parametrize("number", [20, -1])
+def test_a_number_beyond_the_table_is_an_error(number):
+    model = nn.Sequential(nn.Embedding(20, 12))
+    tensorize(model, 2, 2, targets=".")
+    with pytest.raises(IndexError):
+        model(torch.tensor([3, number]))
+
+
+def test_inputs_without_entries():
+    model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 8))
+    tensorize(model, 3, 2, targets=".")
+    assert model(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, 8)
+    assert model(torch.tensor(3)).shape == (8,)
+
+
 def test_the_optimizer_follows():
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
     groups = [{"params": [model[1].weight, model[0].bias], "lr": 0.1}, {"params": [model[0].weight, model[1].bias]}]
