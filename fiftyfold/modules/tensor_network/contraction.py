@@ -97,7 +97,7 @@ def _left_to_right(x: torch.Tensor, cores: Cores) -> torch.Tensor:
         after //= columns
         matrix = core.permute(1, 3, 0, 2).reshape(rows * right, left * columns)
         x = _multiply(matrix, x.reshape(-1, left * columns, after))
-    return x.reshape(tokens, -1)
+    return x.reshape(tokens, math.prod([core.shape[1] for core in cores]))
 
 
 def _multiply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
