@@ -78,6 +78,8 @@ class TensorizeRecipe:
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise FiftyfoldError(f"epochs is {self.epochs}, but cannot be negative.")
+        if self.core_bits is not None and self.epochs == 0:
+            raise FiftyfoldError("core_bits quantizes in training: give epochs of at least 1.")
         if not self.learning_rate > 0:
             raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
 
@@ -277,8 +279,6 @@ def _heal(
         )
     if recipe.epochs:
         train(module, text, epochs=recipe.epochs, work=work, callbacks=callbacks, resume_from=resume_from)
-    elif recipe.core_bits is not None:
-        raise FiftyfoldError("core_bits quantizes in training: give epochs of at least 1.")
     return module.student.eval()
 
 
