@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +80,35 @@ def resume(_arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
 def kills(arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
     """Kill ``fiftyfold compress`` and ``fiftyfold fit``, resume after each kill, and compare what comes out."""
     _quiet()
-    from tests.reliability.kills import SUBJECTS, kill_many
+    from tests.reliability.kills import SUBJECTS
 
     count = 4 if short else arguments.count
     subjects = {}
-    for number, subject in enumerate(SUBJECTS):
-        with tempfile.TemporaryDirectory() as place:
-            share = (count + 1 - number) // len(SUBJECTS)
-            report = kill_many(
-                subject,
-                Path(place) / "place",
-                at_random=share,
-                while_writing=max(1, share // 2),
-                seed=arguments.seed + number,
-                progress=lambda report: print(report, file=sys.stderr, flush=True),
-            )
-        subjects[subject.name] = {**vars(report), "passed": report.survived()}
+    with ProcessPoolExecutor(len(SUBJECTS), get_context("fork")) as pool:
+        shares = [(count + 1 - number) // len(SUBJECTS) for number in range(len(SUBJECTS))]
+        seeds = [arguments.seed + number for number in range(len(SUBJECTS))]
+        for subject, report in zip(SUBJECTS, pool.map(_kill, range(len(SUBJECTS)), shares, seeds), strict=True):
+            subjects[subject.name] = {**vars(report), "passed": report.survived()}
     together = ("kills", "kills_while_writing", "runs_finished", "runs_equal", "resumed_from_a_checkpoint")
     return {
         **{name: sum(each[name] for each in subjects.values()) for name in together},
         "subjects": subjects,
         "passed": all(each["passed"] for each in subjects.values()),
     }
+
+
+def _kill(number: int, count: int, seed: int) -> Any:
+    from tests.reliability.kills import SUBJECTS, kill_many
+
+    with tempfile.TemporaryDirectory() as place:
+        return kill_many(
+            SUBJECTS[number],
+            Path(place) / "place",
+            at_random=count,
+            while_writing=max(1, count // 4),
+            seed=seed,
+            progress=lambda report: print(SUBJECTS[number].name, report, file=sys.stderr, flush=True),
+        )
 
 
 def fuzz(arguments: argparse.Namespace, short: bool) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _parquet_texts(path: Path, column: str) -> Iterator[Any]:
             raise FiftyfoldError(f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}.")
         for batch in file.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise FiftyfoldError(f"{path} is no parquet file that can be read ({error}).") from error
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.config_size import refuse_oversized
 from fiftyfold.modules.packed.layers import PackedLayer
 from fiftyfold.modules.packed.plugin import FiftyfoldQuantizer
 from fiftyfold.modules.packed.trainable import make_trainable
@@ -51,6 +52,7 @@ def open_pretrained(
     try:
         config = AutoConfig.from_pretrained(place)
         other_shapes = adapt(config)
+        refuse_oversized(auto_class, Path(place), config)
         model, loading = auto_class.from_pretrained(
             place, config=config, ignore_mismatched_sizes=other_shapes, dtype=torch.float32, output_loading_info=True
         )

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fiftyfold.app import training
 from fiftyfold.app.main import main
@@ -140,6 +142,8 @@ def _become(words: list[str], place: Path, prepare: Callable[[], None] | None) -
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)  # pytest's own do not go there
+        # tqdm's own lock is shared with all forked processes, and stays locked when one is killed that holds it.
+        tqdm.set_lock(threading.RLock())
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
         training.SAVE_EVERY_STEPS = 1
         if prepare is not None:

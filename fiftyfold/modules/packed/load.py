@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.config_size import refuse_too_many_layers
 from fiftyfold.modules.packed.layers import prepare_layers
 from fiftyfold.modules.packed.manifest import Manifest
 from fiftyfold.modules.packed.plugin import METHOD
@@ -103,6 +104,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     manifest = Manifest.from_json({key: value for key, value in content.items() if key != "quant_method"})
     if not isinstance(architectures, list) or not architectures:
         raise FiftyfoldError(f"{folder / CONFIG_FILE} does not name the model's class; export the model again.")
+    refuse_too_many_layers(folder, config)
     return manifest, str(architectures[0])
 
 
