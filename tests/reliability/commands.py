@@ -93,6 +93,10 @@ class Run:
         self.send(signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
+    def is_going(self) -> bool:
+        """Tell whether the process has not ended yet; what it ended with is left to :meth:`wait`."""
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def send(self, number: int) -> None:
         """Send a signal to the process, if it is still there."""
         os.kill(self.process, number)
