@@ -235,7 +235,7 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(HealingModule, "training_losses", cut)
-        assert main(tensorize_words()) == 130
+        assert main(tensorize_words()) != 0
     assert Path("small.work/decomposed").is_dir()
     assert main(tensorize_words()) == 0
     for name, tensor in load_file("small/model.safetensors").items():
