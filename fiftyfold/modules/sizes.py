@@ -61,7 +61,7 @@ def _layer_size(layer: nn.Module, number_bytes: int) -> tuple[int, float]:
         if settings is None:
             # A file keeps a network in floating point with its gauge fixed.
             form = layer.form.with_gauge("fixed")
-            return form.count, form.stored_bytes(number_bytes)
+            return form.count, form.stored_bytes(8 * number_bytes)
         shapes = [shape for shape in layer.form.matrix_shapes if shape[0]]
         return layer.form.count, sum(_quantized_bytes(shape, settings) for shape in shapes)
     weight = layer.weight

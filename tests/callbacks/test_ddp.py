@@ -79,7 +79,8 @@ def _tolerance(case, options):
     if "precision" in options:
         return {"rtol": 0.1, "atol": 0.05}
     # Within a step each rank quantizes its inputs by 5 % of its own batch's range, and only then takes the common one.
-    return {"rtol": 0.1, "atol": 0.02} if "static" in case.name else {"rtol": 1e-4, "atol": 1e-5}
+    # A rounding can move an input to the neighbouring 8-bit code.
+    return {"rtol": 0.1, "atol": 0.02} if "static" in case.name else {"rtol": 1e-4, "atol": 1e-4}
 
 
 class _EqualRanges(Callback):

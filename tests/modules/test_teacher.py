@@ -57,4 +57,5 @@ def test_bitsandbytes_holds_the_backbone(precision, kind, tolerance):
     assert attention.query.weight.dtype == kind
     assert teacher.model.classifier.weight.dtype == torch.float32
     assert 0 < (seen.logits.float() - wanted).abs().max() < tolerance
-    assert torch.equal(teacher(inputs()).logits, seen.logits)
+    # Attention whose scores are seen is computed in another order, where the processor has two.
+    torch.testing.assert_close(teacher(inputs()).logits, seen.logits, rtol=1e-5, atol=1e-6)
