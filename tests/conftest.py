@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Set before transformers is imported: no test touches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Set before torch is imported: Lightning gives a process more threads otherwise, and those do not survive a fork.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set before triton is imported: without a GPU its kernels are interpreted.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
