@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels import prepacked
 from fiftyfold.kernels.cpu import CpuLibrary, cpu_status
 from fiftyfold.kernels.operators import arrange_weight, packed_linear
 
@@ -109,7 +110,7 @@ def candidates(tokens: int, inputs: int, outputs: int) -> dict[str, Call]:
         arranged, scale = arrange_weight(codes, torch.rand(outputs, 1), bits)
         calls[name] = packed_call(x, arranged, scale, bias, bits, 8)
     calls["ternary, 16 bits"] = packed_call(x, arranged, scale, bias, bits, 16)
-    calls["ternary, torch alone"] = packed_call(x, codes, scale, bias, bits, 8)
+    calls["ternary, torch alone"] = torch_alone(x, codes, scale, bias, bits)
     calls["int8 product (bare)"] = lambda: torch._int_mm(integers, codes.t())
     return calls
 
@@ -119,6 +120,14 @@ def packed_call(
 ) -> Call:
     """Return a call of the packed layer."""
     return lambda: packed_linear(x, weight, scale, bias, bits=bits, activation_bits=activation_bits)
+
+
+def torch_alone(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, bits: int) -> Call:
+    """Return a call of the packed layer as it is computed where there is no library."""
+    backend = prepacked.find()
+    if backend is None or backend.linear is None:
+        return packed_call(x, codes, scale, bias, bits, 8)
+    return partial(backend.linear, x, backend.arrange(codes, bits, 1), scale, bias, bits)
 
 
 def dynamic_int8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, engine: str) -> Call:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels.prepacked import prepacked_bytes
 from fiftyfold.modules import load
 from fiftyfold.modules.quantization.layers import remove_quantization
 
@@ -81,7 +82,7 @@ def resident_bytes(model: nn.Module) -> int:
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                     storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
+                    found[storage.data_ptr()] = storage.nbytes() + prepacked_bytes(tensor)
     return sum(found.values())
 
 

@@ -1,4 +1,4 @@
-"""The CPU's backend: the compiled library, where there is one."""
+"""The CPU's backend: the compiled library, where there is one, and torch's own operations elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels import prepacked
 from fiftyfold.kernels.backends import Backend, register_backend
 from fiftyfold.kernels.build import compiled_library, prebuilt_library
 
@@ -162,7 +163,7 @@ def _find() -> Backend | None:
     status = cpu_status()
     _log.log(logging.INFO if status.library else logging.WARNING, "%s", describe_status())
     if status.library is None:
-        return None
+        return prepacked.find()
     if status.library.functions.ff_register_operators():
         raise FiftyfoldError("torch did not take the CPU's operators; please report this as a bug.")
     return Backend(arrange=status.library.arrange)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,10 @@ from fiftyfold.kernels.activations import symmetric_codes, symmetric_scale, toke
 
 # The smallest matrices that CUDA's int8 product takes.
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""From inputs of at most 8 bits, as integers in float32 (rows, inputs), to their sums in float32 (rows, outputs)."""
 
 
 def largest_inputs(bits: int) -> int:
@@ -56,19 +61,39 @@ def integer_linear(
     Raises:
         FiftyfoldError: if the shapes do not fit, or the inputs are so many that int32 could overflow.
     """
-    _check(x, codes, weight_scale, bits)
+    check_linear(x, codes.shape, weight_scale, bits)
+    if codes.dtype != torch.int8:
+        raise FiftyfoldError(f"weight codes must be int8, not {codes.dtype}.")
+    products = [functools.partial(_multiply, part) for part in codes.chunk(len(weight_scale), 1)]
+    return rescaled_products(
+        x, products, weight_scale, bias, bits=bits, full_range=full_range, clip=clip, largest=largest
+    )
+
+
+def rescaled_products(
+    x: torch.Tensor,
+    products: Sequence[Product],
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    bits: int,
+    full_range: bool,
+    clip: float | None,
+    largest: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute :func:`integer_linear` with the given products, one for each of the equal parts of the inputs."""
     rows = x.reshape(-1, x.shape[-1]).float()
     if clip is not None:
         rows = rows.clamp(-clip, clip)
     input_codes, input_scale = _quantize_tokens(rows, bits, full_range, largest)
-    groups = zip(input_codes.chunk(len(weight_scale), 1), codes.chunk(len(weight_scale), 1), weight_scale, strict=True)
-    outputs = [_multiply(x, weight, bits).mul_(input_scale).mul_(scale) for x, weight, scale in groups]
+    groups = zip(input_codes.chunk(len(products), 1), products, weight_scale, strict=True)
+    outputs = [_in_passes(product, part, bits).mul_(input_scale).mul_(scale) for part, product, scale in groups]
     for part in outputs[1:]:
         outputs[0].add_(part)
     output = outputs[0]
     if bias is not None:
         output.add_(bias.float())
-    return output.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return output.to(x.dtype).view(*x.shape[:-1], weight_scale.shape[1])
 
 
 def _quantize_tokens(
@@ -85,20 +110,17 @@ def _quantize_tokens(
     return codes, scale.masked_fill(~largest.isfinite(), torch.nan)
 
 
-def _multiply(x: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the sums of products as float32, rounded once.
-
-    Args:
-        x: integers in float32, (rows, inputs).
-        codes: int8, (outputs, inputs).
-        bits: of ``x``; 16 are taken in two passes.
-    """
+def _in_passes(product: Product, x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the sums of products as float32, rounded once; inputs of 16 bits are taken in two passes."""
     if bits <= 8:
-        return multiply_codes(x.to(torch.int8), codes)
+        return product(x)
     high = torch.floor((x + 128) / 256)
-    low = (x - 256 * high).to(torch.int8)
-    sums = multiply_codes(high.to(torch.int8), codes).double().mul_(256)
-    return sums.add_(multiply_codes(low, codes)).float()
+    sums = product(high).double().mul_(256)
+    return sums.add_(product(x - 256 * high)).float()
+
+
+def _multiply(codes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return multiply_codes(x.to(torch.int8), codes)
 
 
 def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -113,7 +135,7 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     if not len(x):
         return torch.zeros(0, len(codes), device=x.device)
     # With one input, torch 2.13 misreads the strides on CPUs and gives wrong products.
-    if x.device.type == "cpu" and x.shape[1] > 1 and _cpu_multiplies_exactly():
+    if x.device.type == "cpu" and x.shape[1] > 1 and int8_product_is_exact():
         return torch._int_mm(x, codes.t()).float()
     if x.device.type == "cuda" and not any(size % _CUDA_MULTIPLE for size in codes.shape):
         padded = F.pad(x, (0, 0, 0, max(0, _CUDA_ROWS - len(x))))
@@ -121,10 +143,15 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return x.float() @ codes.t().float()
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> None:
-    if codes.dtype != torch.int8 or codes.dim() != 2:
-        raise FiftyfoldError(f"weight codes must be an int8 matrix, not {codes.dtype} of shape {tuple(codes.shape)}.")
-    outputs, inputs = codes.shape
+def check_linear(x: torch.Tensor, shape: Sequence[int], weight_scale: torch.Tensor, bits: int) -> None:
+    """Refuse an input or scales that do not fit a weight of ``shape``, (outputs, inputs).
+
+    Raises:
+        FiftyfoldError: as :func:`integer_linear`.
+    """
+    if len(shape) != 2:
+        raise FiftyfoldError(f"weight codes must be a matrix, not of shape {tuple(shape)}.")
+    outputs, inputs = shape
     if x.dim() < 1 or x.shape[-1] != inputs:
         raise FiftyfoldError(f"the input has shape {tuple(x.shape)}, but the layer takes {inputs} features.")
     groups = weight_scale.shape[0] if weight_scale.dim() == 2 else 0
@@ -138,8 +165,8 @@ def _check(x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor, bit
 
 
 @functools.cache
-def _cpu_multiplies_exactly() -> bool:
-    """Tell whether int8 products on this CPU cannot saturate.
+def int8_product_is_exact() -> bool:
+    """Tell whether products of any int8 codes on this CPU cannot saturate.
 
     x86 without VNNI adds pairs of products in 16 bits, which is too few for 8-bit codes on both sides.
     """
