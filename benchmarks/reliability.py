@@ -50,7 +50,8 @@ def main() -> int:
         failed |= not result["passed"]
         if not short:
             RESULTS.mkdir(parents=True, exist_ok=True)
-            (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            written = without_places(json.dumps(result, indent=1))
+            (RESULTS / f"{part}.json").write_text(written + "\n", encoding="utf-8")
     return int(failed)
 
 
@@ -63,7 +64,7 @@ def resume(_arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
     cases = CASES[-1:] if short else CASES
     settings = resume_points.SETTINGS[:1] if short else resume_points.SETTINGS
     with tempfile.TemporaryDirectory() as place:
-        inside = resume_points.compare_all(Path(place) / "inside", cases, settings)
+        inside = resume_points.compare_all(Path(place) / "inside", cases, settings, _say)
         typed = resume_points.compare_command_line(Path(place) / "typed")
     different = [*(inside.different or []), *(typed.different or [])]
     return {
@@ -75,6 +76,10 @@ def resume(_arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
         "different": different,
         "passed": not different,
     }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def kills(arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def _kill(number: int, count: int, seed: int) -> Any:
             at_random=count,
             while_writing=max(1, count // 4),
             seed=seed,
-            progress=lambda report: print(SUBJECTS[number].name, report, file=sys.stderr, flush=True),
+            progress=lambda report: _say(f"{SUBJECTS[number].name} {report}"),
         )
 
 
@@ -121,7 +126,7 @@ def fuzz(arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
         for line in process.stdout:
             if line.startswith('{"target"'):
                 targets.append(json.loads(line))
-                print(f"{targets[-1]['target']}: {targets[-1]['inputs']}", file=sys.stderr, flush=True)
+                _say(f"{targets[-1]['target']}: {targets[-1]['inputs']}")
     failures = {target["target"]: target["failures"] for target in targets if target["failures"]}
     return {
         "inputs": sum(target["inputs"] for target in targets),
@@ -140,6 +145,14 @@ def faults(_arguments: argparse.Namespace, _short: bool) -> dict[str, Any]:
         [sys.executable, "-m", "pytest", "-q", test], cwd=ROOT, check=False, capture_output=True, text=True
     )
     return {"tests": run.stdout.strip().splitlines()[-1], "passed": run.returncode == 0}
+
+
+def without_places(text: str) -> str:
+    """Return a text whose paths begin in the project, in a library or in the folder for temporary files."""
+    places = {os.path.abspath(each) for each in (ROOT, tempfile.gettempdir(), *sys.path) if str(each)}
+    for place in sorted(places - {os.sep}, key=len, reverse=True):
+        text = text.replace(f"{place}{os.sep}", "")
+    return text
 
 
 def machine() -> dict[str, str]:

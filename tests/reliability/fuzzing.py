@@ -97,7 +97,7 @@ class Fuzzer:
     def _fail(self, what: str, data: bytes, error: BaseException | None) -> None:
         if what not in self.failures:
             lines = traceback.format_exception(error)[-8:] if error else []
-            self.failures[what] = {"input": data.hex()[:4000], "traceback": "".join(lines)[-3000:]}
+            self.failures[what] = {"input": data.hex()[:4000], "traceback": _last_lines("".join(lines))}
 
     def report(self) -> dict[str, Any]:
         return {"inputs": self.inputs, "refused": self.refused, "failures": self.failures}
@@ -152,7 +152,7 @@ def _fuzz_in_processes(target: Any, inputs: int, seed: int) -> dict[str, Any]:
             if total["inputs"] >= inputs:
                 break
             last = (folder / "last").read_bytes().hex()[:4000] if (folder / "last").exists() else ""
-            death = {"input": last, "traceback": (folder / "log").read_text(errors="replace")[-3000:]}
+            death = {"input": last, "traceback": _last_lines((folder / "log").read_text(errors="replace"))}
             total["failures"][f"the process ended with {status}"] = death
     return total
 
@@ -206,6 +206,11 @@ def _allocation(error: BaseException | None) -> str | None:
             return text[:100] or "MemoryError"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _last_lines(text: str, longest: int = 3000) -> str:
+    """Return the end of a text, in whole lines, so that no path in it is cut."""
+    return text if len(text) <= longest else text[-longest:].partition("\n")[2]
 
 
 def _place(error: BaseException) -> str:

@@ -105,11 +105,16 @@ SETTINGS = (
 )
 
 
-def compare_all(place: Path, cases: tuple[Case, ...] = CASES, settings: tuple[Setting, ...] = SETTINGS) -> ResumeReport:
+def compare_all(
+    place: Path,
+    cases: tuple[Case, ...] = CASES,
+    settings: tuple[Setting, ...] = SETTINGS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ResumeReport:
     """Resume from every step of every case; in the middle of the second epoch also from a run that was itself resumed.
 
     Compared are weights, structure log, optimizer, schedule, random states and the data's place in the last
-    checkpoint, by the hash of all of it.
+    checkpoint, by the hash of all of it. ``progress`` is told of each case.
     """
     torch.set_num_threads(1)
     prepare(place)
@@ -118,6 +123,7 @@ def compare_all(place: Path, cases: tuple[Case, ...] = CASES, settings: tuple[Se
         for case in cases:
             for what, equal in _compare(place, setting, case):
                 report.note(f"{setting.name}, {case}, {what}", equal)
+            progress(f"{setting.name}, {case}: {report.identical} of {report.compared} in all")
     return report
 
 
