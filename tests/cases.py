@@ -52,9 +52,13 @@ CASES = (
     Case(
         "two quantizers",
         lambda: [
-            QuantizationAwareTraining(weight_bits=4, targets=r"embed", activation_bits=None, start=1),
+            QuantizationAwareTraining(weight_bits=4, targets=r"embed|wte", activation_bits=None, start=1),
             QuantizationAwareTraining(
-                weight_bits=1, exclude=r"embed|tied", granularity="per_group", group_size=8, start=3
+                weight_bits=1,
+                exclude=r"embed|wte|tied|lm_head|predictions",
+                granularity="per_group",
+                group_size=8,
+                start=3,
             ),
         ],
         (("quantize", 1), ("quantize", 3)),

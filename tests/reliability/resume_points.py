@@ -121,8 +121,11 @@ def compare_all(
     report = ResumeReport()
     for setting in settings:
         for case in cases:
-            for what, equal in _compare(place, setting, case):
-                report.note(f"{setting.name}, {case}, {what}", equal)
+            try:
+                for what, equal in _compare(place, setting, case):
+                    report.note(f"{setting.name}, {case}, {what}", equal)
+            except Exception as error:  # noqa: BLE001 - one pair that fails leaves the others
+                report.note(f"{setting.name}, {case}: {type(error).__name__}: {error}"[:500], equal=False)
             progress(f"{setting.name}, {case}: {report.identical} of {report.compared} in all")
     return report
 
