@@ -192,7 +192,8 @@ def _fuzz_here(target: Any, inputs: int, seed: int, folder: Path) -> NoReturn:
             return atheris.Mutate(data, limit)
         return target.mutate(data, source, limit)
 
-    options = [f"-max_len={target.longest}", f"-seed={seed}", "-rss_limit_mb=0", "-timeout=60", "-print_final_stats=0"]
+    # Ten minutes without an end are a failure; a process that was stopped meanwhile is taken for one that hangs.
+    options = [f"-max_len={target.longest}", f"-seed={seed}", "-rss_limit_mb=0", "-timeout=600", "-print_final_stats=0"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], read, custom_mutator=mutate)
     atheris.Fuzz()
     os._exit(1)
