@@ -149,7 +149,7 @@ def faults(_arguments: argparse.Namespace, _short: bool) -> dict[str, Any]:
 
 def without_places(text: str) -> str:
     """Return a text whose paths begin in the project, in a library or in the folder for temporary files."""
-    places = {os.path.abspath(each) for each in (ROOT, tempfile.gettempdir(), *sys.path) if str(each)}
+    places = {os.path.abspath(each) for each in (str(ROOT), tempfile.gettempdir(), *sys.path) if each}
     for place in sorted(places - {os.sep}, key=len, reverse=True):
         text = text.replace(f"{place}{os.sep}", "")
     return text

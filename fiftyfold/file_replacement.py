@@ -24,7 +24,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if the disk refuses.
     """
-    for left_over in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
+    for left_over in path.parent.glob(f".{escaped(path.name)}.*.tmp"):
         left_over.unlink(missing_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -47,5 +47,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """Return a pattern for :meth:`pathlib.Path.glob` that matches ``name`` and nothing else."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

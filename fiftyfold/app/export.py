@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from fiftyfold.app.remembered import first_line, read_checkpoint
 from fiftyfold.app.training import claim_output
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.folder_replacement import replaced_folder
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 from fiftyfold.modules import export as export_folder
 from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
-from fiftyfold.modules.packed.export import written_aside
 from fiftyfold.modules.quantization.bitsandbytes_layers import quantize_bitsandbytes
 from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.structure import structure_log
@@ -74,7 +74,7 @@ def export(
         report = export_folder(trained, output, tokenizer=words, rest_dtype=rest_dtype)
         print(json.dumps(report.to_json(), indent=2))
     else:
-        with written_aside(Path(output).expanduser().resolve()) as aside:
+        with replaced_folder(Path(output).expanduser().resolve()) as aside:
             trained.to(getattr(torch, rest_dtype)).save_pretrained(aside)
             words.save_pretrained(aside)
         print(f"{output}: a plain folder of transformers in {rest_dtype}; no weight is quantized or tensorized")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.reliability import ROOT, without_places
 from fiftyfold.errors import FiftyfoldError
 from tests.cases import CASES
-from tests.reliability.fuzz_targets import TARGETS
+from tests.reliability.fuzz_targets import TARGETS, Target
 from tests.reliability.fuzzing import Fuzzer
 from tests.reliability.kills import SUBJECTS, kill_many
 from tests.reliability.resume_points import SETTINGS, compare_all
@@ -68,8 +70,6 @@ def test_the_fuzzer_notices_what_it_is_there_for(tmp_path):
     import pickle
     from pathlib import Path
 
-    from tests.reliability.fuzz_targets import Target
-
     def misbehave(data, folder):
         if data == b"crash":
             raise KeyError("a")
@@ -86,6 +86,18 @@ def test_the_fuzzer_notices_what_it_is_there_for(tmp_path):
     for count, data in enumerate((b"fine", b"crash", b"write", b"unpickle", b"memory")):
         fuzzer.feed(data)
         assert len(fuzzer.failures) == count, fuzzer.failures
+
+
+def test_results_name_no_place_of_the_machine(tmp_path):
+    def stumble(data, folder):
+        json.loads((folder / "missing").read_text())
+
+    fuzzer = Fuzzer(Target("odd", lambda _: [b""], stumble), tmp_path)
+    fuzzer.feed(b"x")
+    written = without_places(json.dumps(fuzzer.failures))
+    assert "tests/reliability/fuzzing.py" in written
+    assert str(ROOT) not in written
+    assert tempfile.gettempdir() not in written
 
 
 @pytest.mark.slow

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +16,7 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.file_replacement import sync
+from fiftyfold.folder_replacement import complete_replacement, replaced_folder
 from fiftyfold.modules.packed.contents import (
     Contents,
     collect_tensors,
@@ -78,7 +75,8 @@ def export(
         folder: where to write. It must not exist, or be empty.
         tokenizer: written beside the model, so that pipelines find it.
         rest_dtype: ``"float16"`` or ``"float32"``, for everything that is not packed.
-        overwrite: replace ``folder`` if it is an exported folder; the old one stays until the new one is complete.
+        overwrite: replace ``folder`` if it is an exported folder; the old one stays until the new one is complete. What
+            a kill in the very moment of replacing leaves undone, the next export to ``folder`` completes first.
         report: JSON values to keep in ``fiftyfold_report.json`` under ``"run"``.
         example: an input to compare outputs by; models of transformers that read tokens have one of their own.
 
@@ -90,6 +88,7 @@ def export(
             left half written.
     """
     target = Path(folder).expanduser().resolve()
+    complete_replacement(target)
     _check_arguments(target, rest_dtype, overwrite, tokenizer, report)
     twin = _private_copy(model)
     example = default_example(twin) if example is None else example
@@ -100,7 +99,7 @@ def export(
     extra = beyond_xtc(twin)
     skeleton = None if _opens_by_itself(twin) else copy.deepcopy(twin)
     contents = pack_model(twin, rest_dtype)
-    with written_aside(target) as aside:
+    with replaced_folder(target) as aside:
         _write_model(aside, twin, contents)
         _write_tokenizer(aside, tokenizer)
         reloaded = _outputs(_reload(aside, skeleton, contents), example)
@@ -240,47 +239,3 @@ def _equal(expected: list[torch.Tensor] | None, outputs: list[torch.Tensor] | No
     if expected is None or outputs is None:
         return None
     return all(torch.equal(one, other) for one, other in zip(expected, outputs, strict=True))
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that takes its place when the block ends well, and else disappears.
-
-    Raises:
-        FiftyfoldError: if the disk refuses.
-    """
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        _open_to_all(aside)
-        for path in [*aside.iterdir(), aside]:
-            sync(path)
-        _put_in_place(aside, target)
-        sync(target.parent)
-    except OSError as error:
-        raise FiftyfoldError(f"{target} cannot be written ({error}); nothing was exported.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _open_to_all(folder: Path) -> None:
-    """Let whoever may read the folder read its files: safetensors makes files for their owner alone."""
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    if not target.is_dir() or not any(target.iterdir()):
-        aside.rename(target)
-        return
-    old = aside.with_name(f"{aside.name}.old")
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

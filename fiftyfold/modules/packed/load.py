@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.folder_replacement import interrupted_replacement
 from fiftyfold.modules.config_size import refuse_too_many_layers
 from fiftyfold.modules.packed.layers import prepare_layers
 from fiftyfold.modules.packed.manifest import Manifest
@@ -93,6 +94,11 @@ def fill(model: nn.Module, folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Return the manifest of a folder, and the name of its class for the models of transformers, otherwise nothing."""
+    if (found := interrupted_replacement(folder)) is not None:
+        raise FiftyfoldError(
+            f"a kill stopped the export to {folder} as it was put in place: the new model is whole in {found[0]}, the "
+            f"one before it in {found[1]}; rename one of them to {folder.name}."
+        )
     if not folder.is_dir():
         raise FiftyfoldError(f"there is no folder {folder}.")
     if (folder / STRUCTURE_FILE).exists():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fiftyfold
+from fiftyfold import folder_replacement
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.packing import packed_bytes
 from fiftyfold.modules import export, load, quantize, reduce_layers
@@ -371,12 +372,27 @@ def test_a_read_only_place_is_said_to_be_so(tmp_path, monkeypatch):
         export(quantized(tiny_bert()), tmp_path / "out")
 
 
+def test_a_kill_in_the_moment_of_replacing_is_named_by_load_and_completed_by_the_next_export(tmp_path):
+    first, second = quantized(tiny_bert()), quantized(tiny_bert(seed=1))
+    export(first, tmp_path / "out", rest_dtype="float32")
+    export(second, tmp_path / ".out.5e1f", rest_dtype="float32")
+    (tmp_path / "out").rename(tmp_path / ".out.5e1f.old")
+    with pytest.raises(
+        FiftyfoldError, match=r"new model is whole in .*\.out\.5e1f, the one before it in .*\.old; rename"
+    ):
+        load(tmp_path / "out")
+    with pytest.raises(FiftyfoldError, match="already holds something"):
+        export(quantized(tiny_bert(seed=2)), tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(second))
+    assert files(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("victim", ["write_tensors", "_write_json", "sync"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, victim):
     def fill(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, victim, fill)
+    monkeypatch.setattr(folder_replacement if victim == "sync" else export_module, victim, fill)
     with pytest.raises(FiftyfoldError, match=r"cannot be written .*No space left on device.*nothing was exported"):
         export(quantized(tiny_bert()), tmp_path / "out")
     assert files(tmp_path) == []
