@@ -130,6 +130,31 @@ bool check_embedding(int bits, int rows, int columns) {
   return ff_embedding(&call) == 1;
 }
 
+bool check_rows(int bits, int tokens, int outputs, int inputs, bool per_tensor) {
+  std::vector<int8_t> codes(static_cast<size_t>(outputs * inputs));
+  for (auto& code : codes) code = static_cast<int8_t>(bits == 1 ? pick(0, 1) * 2 - 1 : pick(-1, 1));
+  std::vector<uint8_t> entries(static_cast<size_t>(ff_entries_bytes(outputs, inputs, bits)));
+  ff_find_entries(codes.data(), outputs, inputs, bits, entries.data());
+  std::vector<float> rows(static_cast<size_t>(tokens * outputs)), y(static_cast<size_t>(tokens * inputs));
+  for (auto& value : rows) value = static_cast<float>(pick(-1000, 1000));
+  std::vector<uint16_t> scale(static_cast<size_t>(per_tensor ? 1 : outputs));
+  for (auto& value : scale) value = static_cast<uint16_t>(0x3c00 + 0x400 * pick(-2, 2));  // powers of two: sums are exact
+  ff_multiply_rows(rows.data(), tokens, outputs, inputs, bits, entries.data(), scale.data(), per_tensor, y.data());
+  for (int t = 0; t < tokens; t++) {
+    for (int k = 0; k < inputs; k++) {
+      float sum = 0;
+      for (int n = 0; n < outputs; n++) {
+        sum += rows[t * outputs + n] * half_to_float(scale[per_tensor ? 0 : n]) * codes[n * inputs + k];
+      }
+      if (sum != y[t * inputs + k]) {
+        std::printf("rows %d x %d x %d, %d bits: %.9g, not %.9g\n", tokens, outputs, inputs, bits, y[t * inputs + k], sum);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -158,6 +183,9 @@ int main(int count, char** arguments) {
   }
   for (int bits = 1; bits <= 2; bits++) {
     for (int columns = 1; columns < 40; columns += 3) failures += !check_embedding(bits, 7, columns);
+  }
+  for (int i = 0; i < cases; i++) {
+    failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), pick(1, 300), pick(0, 1));
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -32,6 +32,15 @@ struct FfEmbedding {
 FF_API int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits);
 FF_API void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to);
 FF_API void ff_linear(const FfLinear* call);
+
+// Rows (tokens x outputs) times a weight of 1 or 2 bits, by tables whose entries are found from the codes (outputs x
+// inputs); scales are float16, one for each output or one.
+FF_API int64_t ff_entries_bytes(int64_t outputs, int64_t inputs, int32_t bits);
+FF_API void ff_find_entries(const int8_t* codes, int64_t outputs, int64_t inputs, int32_t bits, uint8_t* entries);
+FF_API void ff_multiply_rows(
+    const float* rows, int64_t tokens, int64_t outputs, int64_t inputs, int32_t bits, const uint8_t* entries,
+    const uint16_t* scale, int32_t per_tensor, float* y);
+
 // 0, or 1 if a number is not that of a row, or 2 if a byte is none that packing writes.
 FF_API int32_t ff_embedding(const FfEmbedding* call);
 

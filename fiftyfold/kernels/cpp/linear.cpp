@@ -1,11 +1,8 @@
 // The packed linear layer: how its work is cut into pieces for caches and threads.
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "api.h"
 #include "floats.h"
 #include "paths.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace fiftyfold {
@@ -17,31 +14,6 @@ constexpr double kSerialProducts = 1.0e6;
 constexpr int64_t kTokensToShare = 48;
 // Entries below which one thread quantizes for all.
 constexpr int64_t kSerialEntries = 16384;
-
-// Memory that a thread keeps for its next call.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-
-  uint8_t* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, size_));
-      if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return memory_;
-  }
-
- private:
-  uint8_t* memory_ = nullptr;
-  size_t size_ = 0;
-};
-
-size_t aligned(int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); }
 
 // Tokens in integers, and room for float32 rows where the tensors have another type.
 struct Tokens {

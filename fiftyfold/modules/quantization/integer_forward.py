@@ -3,10 +3,13 @@
 Under quantizers the forward product is one of integers, with scales; computed as such it is exact, and quicker than in
 float32. The backward products are those of the fake-quantized layer: of float32 weights and inputs that stand for the
 codes, made when they are needed. Nothing is kept from the forward pass but the input, which is there anyway, and codes.
+The product that takes the gradient to the input needs no more than the codes either, see
+:mod:`fiftyfold.kernels.table_product`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fiftyfold.kernels import training
+from fiftyfold.kernels import table_product, training
 from fiftyfold.kernels.backends import PACKED_BITS, backend_for
 from fiftyfold.kernels.linear import largest_inputs
 from fiftyfold.kernels.operators import arrange_weight, packed_linear
@@ -41,6 +44,17 @@ class ArrangedWeight:
     stored: training.WeightCodes
     arranged: torch.Tensor
     scale: torch.Tensor
+
+    def multiply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``rows`` (tokens, outputs) times the weight: (tokens, inputs), in the type of ``rows``."""
+        if rows.dtype != torch.float32 or self.stored.scale.shape[1] > 1 or not len(rows):
+            return rows @ training.dequantize_weight(self.stored).to(rows.dtype)
+        inputs = self.stored.codes.shape[1]
+        return table_product.multiply_rows(rows, self._entries, self.stored.scale, self.settings.bits, inputs)
+
+    @functools.cached_property
+    def _entries(self) -> torch.Tensor:
+        return table_product.find_entries(self.stored.codes, self.settings.bits)
 
 
 # By weight, so that a weight's successor, copy or owner in another process finds nothing.
@@ -147,8 +161,7 @@ class _IntegerLinear(Function):
         of_x = of_weight = of_bias = None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
-                of_x = (rows @ training.dequantize_weight(ctx.quantized.stored).to(rows.dtype)).view(x.shape)
-                of_x = _inside(of_x, x, settings.activation)
+                of_x = _inside(ctx.quantized.multiply_rows(rows).view(x.shape), x, settings.activation)
             if ctx.needs_input_grad[1]:
                 inputs = fake_quantize_activation(x, settings.activation, *(ctx.limits or (None, None)))
                 of_weight = (rows.t() @ inputs.reshape(-1, x.shape[-1]).to(rows.dtype)).to(weight.dtype)
