@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from fiftyfold.callbacks import (
     LayerPruning,
     LayerReduction,
+    MatrixCompression,
     QuantizationAwareTraining,
     TensorNetworkDecomposition,
 )
@@ -79,6 +80,14 @@ CASES = (
         "tensorization of everything, gradually",
         lambda: [TensorNetworkDecomposition(cores=3, bond_dimension={2: 4, "fraction:0.625": 2}, targets=".")],
         (("tensorize", 2), ("tensorize", 5)),
+    ),
+    Case(
+        "networks chosen by the data, then in 8 bits",
+        lambda: [
+            MatrixCompression(0.7, batches=2, start=2),
+            QuantizationAwareTraining(weight_bits=8, activation_bits=None, granularity="per_channel", start=4),
+        ],
+        (("compress_matrices", 2), ("quantize", 4)),
     ),
     Case(
         "reduced, low rank, with ternary factors",

@@ -92,6 +92,9 @@ class OperationCallback(Callback, ABC):
     def describe(self, operation: Operation, root: nn.Module) -> str:
         """Say in one line what was done."""
 
+    def give_values(self, root: nn.Module) -> None:
+        """Fill what the operation just planned has created in ``root`` with values that its log entry does not hold."""
+
     def layers_after(self, event: Event, total: int) -> int:  # noqa: ARG002
         """Return how many layers ``event`` leaves of ``total``.
 
@@ -223,8 +226,10 @@ class OperationCallback(Callback, ABC):
         before = _tensors(pl_module)
         operation = {**self.plan(event, root, trainer), "by": event.name}
         apply_operation(root, operation, trainer.optimizers)
+        self.give_values(root)
         for copy in averaged_copies(trainer):
             replay(compression_root(copy), structure_log(root))
+            self.give_values(compression_root(copy))
         if isinstance(trainer.strategy, DDPStrategy) and _tensors(pl_module) != before:
             _wrap_again(trainer.strategy)
         if trainer.world_size > 1:

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypedDict, Unpack, get_args
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantiz
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
-from fiftyfold.modules.tensor_network.allocation import Option, allocate
-from fiftyfold.modules.tensor_network.decomposition import as_memory_error, check_finite
-from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form, largest_rank, low_rank_curve
+from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, memory_groups, spread_bytes
+from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
+from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
     PIVOTS,
@@ -33,7 +33,6 @@ from fiftyfold.modules.tensor_network.layers import (
     matrix_shape,
     to_dense,
 )
-from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import (
     Batch,
     Moments,
@@ -41,7 +40,7 @@ from fiftyfold.modules.tensor_network.moments import (
     check_batches,
     collect_moments,
 )
-from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
+from fiftyfold.modules.tensor_network.objective import least_squares
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import install_networks, network_operation, read_forms
@@ -49,16 +48,10 @@ from fiftyfold.modules.tensor_network.tensorize import install_networks, network
 OPERATION = "compress_matrices"
 """Kind of a log's entry."""
 
-Allocation = Literal["model", "outputs", "uniform"]
-"""``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time. ``outputs``: where
-they lower the squared relative errors of the layers' outputs, known from one pass. ``uniform``: the same share for all.
-"""
+FAMILIES_BY_DEFAULT: tuple[Family, ...] = ("svd", "sum20", "sum50")
+"""Chains alone are left out: the sums come near to what they do, and rarely lose to them."""
 
 _FACTOR_BITS = (8, 16)
-_DENSE_BYTES = 2
-_SHARES = (0.03, 0.05, 0.08, *(step / 20 for step in range(2, 20)))
-_LARGEST_DOUBLE = 512
-_LARGEST_MOMENTS = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def compress_matrices(
     batches: Iterable[Batch],
     keep: float = 0.3,
     *,
-    families: Sequence[Family] = ("svd", "sum20", "sum50"),
+    families: Sequence[Family] = FAMILIES_BY_DEFAULT,
     allocation: Allocation = "outputs",
     factor_bits: int = 16,
     compressed_prefix: bool = True,
@@ -123,57 +116,139 @@ def compress_matrices(
         FiftyfoldError: if an argument is impossible, the text is empty or does not suit the model, the budget cannot be
             met, a weight is not finite or memory runs out. The model is then unchanged.
     """
-    check_order(structure_log(model), [OPERATION])
-    _check_arguments(keep, families, factor_bits, allocation)
-    found = check_batches(batches)
-    names = _matrices(model, targets, exclude)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        plan = _Plan(tuple(families), factor_bits, sweeps, compressed_prefix)
-        sizes = _spread(model, names, found, keep=keep, allocation=allocation, bits=factor_bits)
-        student, results = _compressed_copy(model, names, found, sizes, plan)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    forms = {name: result.form for name, result in results.items() if result.form is not None}
-    if not forms:
-        raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
-    operation = network_operation(OPERATION, forms, step)
-    operation["errors"] = {name: round(result.error, 6) for name, result in results.items()}
-    apply_operation(model, operation, [] if optimizer is None else [optimizer])
-    _take_values(model, student, list(forms))
+    compression = plan_compression(
+        model,
+        batches,
+        keep,
+        families=families,
+        allocation=allocation,
+        factor_bits=factor_bits,
+        compressed_prefix=compressed_prefix,
+        sweeps=sweeps,
+        targets=targets,
+        exclude=exclude,
+    )
+    apply_operation(model, compression.operation(step), [] if optimizer is None else [optimizer])
+    compression.give_values(model)
     if factor_bits < 16:
         quantize(
             model,
             weight_bits=factor_bits,
             activation_bits=None,
             granularity="per_channel",
-            targets=[f"^{re.escape(name)}$" for name in forms],
+            targets=[f"^{re.escape(name)}$" for name in compression.values],
             step=step,
         )
-    return results
+    return compression.results
+
+
+class CompressionArguments(TypedDict, total=False):
+    """Arguments that :func:`compress_matrices` and what plans for it have in common."""
+
+    families: Sequence[Family]
+    allocation: Allocation
+    compressed_prefix: bool
+    sweeps: int
+    targets: Targets
+    exclude: Targets
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What :func:`compress_matrices` does to a model, found and not yet carried out.
+
+    Attributes:
+        results: what becomes of each matrix, by the layer's name.
+        values: the state dict of each layer that gets a network, by its name.
+    """
+
+    results: dict[str, CompressedMatrix]
+    values: dict[str, dict[str, torch.Tensor]]
+
+    def operation(self, step: int, part: str = "") -> Operation:
+        """Return the log's entry.
+
+        Args:
+            step: the optimizer step at which this happens.
+            part: name of the part that was planned for, within the model that carries the log.
+        """
+        prefix = f"{part}." if part else ""
+        found = {f"{prefix}{name}": result for name, result in self.results.items()}
+        forms = {name: result.form for name, result in found.items() if result.form is not None}
+        errors = {name: round(found[name].error, 6) for name in found}
+        return network_operation(OPERATION, forms, step) | {"errors": errors}
+
+    @torch.no_grad()
+    def give_values(self, model: nn.Module) -> None:
+        """Fill the networks of ``model``, which has had the operation; its training goes on from there."""
+        layers = dict(named_layers(model))
+        for name, values in self.values.items():
+            for key, tensor in layers[name].state_dict().items():
+                tensor.copy_(values[key])
+
+
+def check_arguments(keep: float, *, factor_bits: int = 16, **arguments: Unpack[CompressionArguments]) -> None:
+    """Refuse arguments that no model could make good.
+
+    Raises:
+        FiftyfoldError: naming the argument.
+    """
+    plan = _Plan(bits=factor_bits, **arguments)
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
+        raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
+    if not plan.families or any(family not in FAMILIES for family in plan.families):
+        raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(plan.families)}.")
+    if plan.bits not in _FACTOR_BITS:
+        raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.bits!r}.")
+    if plan.allocation not in get_args(Allocation):
+        allowed = ", ".join(map(repr, get_args(Allocation)))
+        raise FiftyfoldError(f"allocation must be one of {allowed}, not {plan.allocation!r}.")
+
+
+def plan_compression(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    keep: float = 0.3,
+    *,
+    factor_bits: int = 16,
+    **arguments: Unpack[CompressionArguments],
+) -> Compression:
+    """Find what :func:`compress_matrices` would carry out, and change nothing.
+
+    Raises:
+        FiftyfoldError: as :func:`compress_matrices` does.
+    """
+    check_order(structure_log(model), [OPERATION])
+    check_arguments(keep, factor_bits=factor_bits, **arguments)
+    plan = _Plan(bits=factor_bits, **arguments)
+    found = check_batches(batches)
+    names = _matrices(model, plan.targets, plan.exclude)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        sizes = spread_bytes(model, names, found, keep=keep, allocation=plan.allocation, bits=factor_bits)
+        student, results = _compressed_copy(model, names, found, sizes, plan)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    layers = dict(named_layers(student))
+    values = {name: layers[name].state_dict() for name, result in results.items() if result.form is not None}
+    if not values:
+        raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
+    return Compression(results, values)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    families: tuple[Family, ...]
     bits: int
-    sweeps: int
-    compressed_prefix: bool
-
-
-def _check_arguments(keep: float, families: Sequence[str], factor_bits: int, allocation: str) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
-        raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
-    if not families or any(family not in FAMILIES for family in families):
-        raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(families)}.")
-    if factor_bits not in _FACTOR_BITS:
-        raise FiftyfoldError(f"factor_bits must be 8 or 16, not {factor_bits!r}.")
-    if allocation not in ("model", "outputs", "uniform"):
-        raise FiftyfoldError(f"allocation must be 'model', 'outputs' or 'uniform', not {allocation!r}.")
+    families: Sequence[Family] = FAMILIES_BY_DEFAULT
+    allocation: Allocation = "outputs"
+    compressed_prefix: bool = True
+    sweeps: int = SWEEPS
+    targets: Targets = "default"
+    exclude: Targets = ()
 
 
 def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]:
@@ -192,56 +267,6 @@ def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]
     return names
 
 
-def _spread(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    *,
-    keep: float,
-    allocation: Allocation,
-    bits: int,
-) -> dict[str, float]:
-    """Return the bytes that each matrix may take."""
-    layers = dict(named_layers(model))
-    dense = {name: _DENSE_BYTES * matrix_shape(layers[name])[0] * matrix_shape(layers[name])[1] for name in names}
-    if allocation == "uniform":
-        return {name: keep * size for name, size in dense.items()}
-    curves: dict[str, torch.Tensor] = {}
-    for group in _groups(layers, names):
-        for name, moments in collect_moments(model, group, batches).items():
-            curves[name] = low_rank_curve(*_problem(layers[name], moments))
-    weights = dict.fromkeys(names, 1.0)
-    if allocation == "model":
-        ranks = {name: largest_rank(matrix_shape(layers[name]), keep * dense[name], bits) for name in names}
-        weights = measured_sensitivity(model, batches, curves, ranks)
-    options = [_options(matrix_shape(layers[name]), curves[name] * weights[name], dense[name], bits) for name in names]
-    chosen = allocate(options, keep * sum(dense.values()))
-    return {name: each[index].bytes for name, each, index in zip(names, options, chosen, strict=True)}
-
-
-def _options(shape: tuple[int, int], costs: torch.Tensor, dense: float, bits: int) -> list[Option]:
-    found = []
-    for share in _SHARES:
-        rank = largest_rank(shape, share * dense, bits)
-        if rank:
-            found.append(Option(share * dense, float(costs[rank])))
-    return [*found, Option(dense, 0.0)]
-
-
-def _groups(layers: Mapping[str, nn.Module], names: Sequence[str]) -> list[list[str]]:
-    """Cut the names into groups whose moments fit into memory together."""
-    groups: list[list[str]] = []
-    room = 0.0
-    for name in names:
-        need = 16.0 * matrix_shape(layers[name])[1] ** 2
-        if not groups or need > room:
-            groups.append([])
-            room = _LARGEST_MOMENTS
-        groups[-1].append(name)
-        room -= need
-    return groups
-
-
 def _compressed_copy(
     model: nn.Module,
     names: Sequence[str],
@@ -252,7 +277,7 @@ def _compressed_copy(
     student = copy.deepcopy(model)
     layers, originals = dict(named_layers(student)), dict(named_layers(model))
     results: dict[str, CompressedMatrix] = {}
-    stages = call_order(model, names, batches[0]) if plan.compressed_prefix else _groups(originals, names)
+    stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(originals, names)
     for stage in stages:
         source, reference = (student, model) if plan.compressed_prefix and results else (model, None)
         moments = collect_moments(source, stage, batches, reference, last=stage[-1] if plan.compressed_prefix else None)
@@ -261,32 +286,17 @@ def _compressed_copy(
     return student, {name: results[name] for name in names}
 
 
-def _problem(layer: nn.Module, moments: Moments) -> tuple[torch.Tensor, Metric]:
-    """Return the matrix to stand near to, and the metric: the least squares solution for the original's outputs."""
-    matrix = matrix_of(layer)
-    kind = torch.float64 if max(matrix.shape) <= _LARGEST_DOUBLE else torch.float32
-    metric = Metric(moments.inputs.to(kind))
-    matrix = matrix.to(kind)
-    if not torch.equal(moments.cross, moments.inputs):
-        # W E[x x̂ᵀ] = W⋆ E[x̂ x̂ᵀ], solved for the change of W, so that the damping pulls towards W itself.
-        scale = float(moments.inputs.diagonal().mean()) or 1.0
-        change = matrix @ ((moments.cross - moments.inputs).to(kind) / scale)
-        root = metric.root()
-        inverse = torch.linalg.pinv(root)
-        matrix = matrix + change @ inverse.T @ inverse
-    return matrix, metric
-
-
 @torch.no_grad()
 def _compress(layer: nn.Module, original: nn.Module, moments: Moments, size: float, plan: _Plan) -> CompressedMatrix:
     rows, columns = matrix_shape(original)
-    if size >= _DENSE_BYTES * rows * columns:
-        return CompressedMatrix(None, _DENSE_BYTES * rows * columns, 0.0)
-    target, metric = _problem(original, moments)
-    form, networks = best_form(target, metric, plan.families, size, plan.bits, sweeps=plan.sweeps)
+    if size >= DENSE_BYTES * rows * columns:
+        return CompressedMatrix(None, DENSE_BYTES * rows * columns, 0.0)
+    target, metric = least_squares(original, moments)
+    form, networks = best_form(target, metric, tuple(plan.families), size, plan.bits, sweeps=plan.sweeps)
     weight = original.weight
     assert isinstance(weight, torch.Tensor)
-    numbers, pivots = flat_numbers(networks), None
+    # Factors of unlike size learn at unlike speed: what heals best is what starts balanced.
+    numbers, pivots = flat_numbers([balanced(cores) for cores in networks]), None
     if plan.bits < 16:
         form = form.with_gauge("fixed")
         numbers, pivots = fixed_numbers(networks)
@@ -314,15 +324,6 @@ def _rounded(numbers: torch.Tensor, form: NetworkForm, bits: int) -> torch.Tenso
         whole = part.numel() == 0
         parts.append(part if whole else dequantize_weight(*quantize_weight(part.view(shape), settings)).flatten())
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def _take_values(model: nn.Module, student: nn.Module, names: Sequence[str]) -> None:
-    layers, sources = dict(named_layers(model)), dict(named_layers(student))
-    for name in names:
-        values = sources[name].state_dict()
-        for key, tensor in layers[name].state_dict().items():
-            tensor.copy_(values[key])
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:

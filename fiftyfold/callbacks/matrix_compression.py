@@ -1,0 +1,172 @@
+"""Activation-aware tensor networks at a chosen moment of training."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import distributed as dist
+from torch import nn
+
+from fiftyfold.callbacks.calibration_loader import undisturbed
+from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.calibration import calls_of
+from fiftyfold.modules.quantization.targets import Targets
+from fiftyfold.modules.structure import Operation, compression_root, structure_log
+from fiftyfold.modules.surgery import plain_name
+from fiftyfold.modules.tensor_network.budget import Allocation
+from fiftyfold.modules.tensor_network.compress_matrices import (
+    FAMILIES_BY_DEFAULT,
+    OPERATION,
+    Compression,
+    CompressionArguments,
+    check_arguments,
+    plan_compression,
+)
+from fiftyfold.modules.tensor_network.families import Family
+from fiftyfold.modules.tensor_network.targets import find_matrices
+from fiftyfold.modules.tensor_network.tensorize import read_forms
+
+_Found = TypeVar("_Found")
+_Calls = tuple[str, list[dict[str, Any]]] | FiftyfoldError
+
+
+class MatrixCompression(OperationCallback):
+    """Replaces weight matrices by the tensor networks that change the layers' outputs least on training batches.
+
+    The batches are the first of a fresh pass over the training data, as the module's own ``training_step`` calls the
+    model with them. The first rank compresses by the
+    batches of all ranks, and tells the others. Quantize the factors, if at all, by a
+    :class:`~fiftyfold.callbacks.QuantizationAwareTraining` that starts later.
+
+    Args:
+        keep: see :func:`fiftyfold.modules.compress_matrices`, as for all the following but two.
+        batches: how many batches calibrate, of each rank.
+        allocation: how the bytes are spread over the matrices.
+        families: which forms are tried.
+        targets: which layers: ``"default"``, or patterns of their names.
+        exclude: patterns of names to leave alone.
+        start: when; see :data:`~fiftyfold.callbacks.moment.When`.
+    """
+
+    operation = OPERATION
+    changes_shapes = True
+
+    def __init__(
+        self,
+        keep: float = 0.3,
+        *,
+        batches: int = 16,
+        allocation: Allocation = "outputs",
+        families: Sequence[Family] = FAMILIES_BY_DEFAULT,
+        targets: Targets = "default",
+        exclude: Targets = (),
+        start: When = 0,
+    ) -> None:
+        super().__init__()
+        if type(batches) is not int or batches < 1:
+            raise FiftyfoldError(f"batches must be an integer of at least 1, not {batches!r}.")
+        self.keep = keep
+        self.batches = batches
+        self.start = Moment.parse(start)
+        self.arguments: CompressionArguments = {
+            "allocation": allocation,
+            "families": tuple(families),
+            "targets": targets if isinstance(targets, str) else tuple(targets),
+            "exclude": exclude if isinstance(exclude, str) else tuple(exclude),
+        }
+        check_arguments(keep, **self.arguments)
+        self._found: tuple[str, Compression] | None = None
+
+    @property
+    def events(self) -> list[Event]:
+        """One, named by what it keeps and of which layers."""
+        where = "".join(f", {name}={self.arguments[name]!r}" for name in ("targets", "exclude"))
+        return [Event(self.start, f"MatrixCompression(keep={self.keep}{where})")]
+
+    def prepare(self, root: nn.Module, trainer: Trainer) -> None:
+        """Refuse strategies that shard: no batch can be had before they do."""
+        if self.events[0].name not in {entry.get("by") for entry in structure_log(root)}:
+            raise FiftyfoldError(
+                f"MatrixCompression needs batches before {type(trainer.strategy).__name__} shards the model; compress "
+                "it with compress_matrices before the Trainer gets it, or train with strategy='ddp'."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse layers that do not exist."""
+        super().on_train_start(trainer, pl_module)
+        find_matrices(compression_root(pl_module), self.arguments["targets"], self.arguments["exclude"])
+
+    def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:  # noqa: ARG002
+        """Compress a copy, on the first rank, by the batches of all."""
+        names = find_matrices(root, self.arguments["targets"], self.arguments["exclude"])
+        with undisturbed(trainer) as loader:
+            mine = _attempt(lambda: calls_of(root, names, _steps(trainer, itertools.islice(loader, self.batches))))
+        found = _gathered(mine)
+        outcome: tuple[str, Compression] | FiftyfoldError | None = None
+        if trainer.is_global_zero:
+            outcome = _attempt(lambda: self._compress(root, names, found))
+        self._found = _demand(trainer.strategy.broadcast(outcome))
+        return self._found[1].operation(trainer.global_step, self._found[0])
+
+    def give_values(self, root: nn.Module) -> None:
+        """Fill the networks."""
+        assert self._found is not None
+        part, compression = self._found
+        compression.give_values(_part(root, part))
+
+    def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
+        """Count the layers, and compare their bytes with those of their matrices."""
+        assert self._found is not None
+        results = self._found[1].results
+        forms = read_forms(operation).values()
+        dense = sum(2 * form.shape[0] * form.shape[1] for form in forms)
+        left = sum(result.bytes for result in results.values() if result.form is not None)
+        self._found = None
+        return f"compressed {len(forms)} layers to {left / dense:.1%} of their bytes in 16 bits."
+
+    def _compress(self, root: nn.Module, names: Sequence[str], found: Sequence[_Calls]) -> tuple[str, Compression]:
+        part = _demand(found[0])[0]
+        calls = [call for each in found for call in _demand(each)[1]]
+        exact = [f"^{re.escape(name[len(part) + 1 :] if part else name)}$" for name in names]
+        arguments: CompressionArguments = {**self.arguments, "targets": exact, "exclude": ()}
+        return part, plan_compression(_part(root, part), calls, self.keep, **arguments)
+
+
+def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], object]]:
+    for index, batch in enumerate(batches):
+        yield functools.partial(trainer.lightning_module.training_step, trainer.strategy.batch_to_device(batch), index)
+
+
+def _attempt(find: Callable[[], _Found]) -> _Found | FiftyfoldError:
+    """Return an error as a value, so that all ranks come to know of it."""
+    try:
+        return find()
+    except FiftyfoldError as error:
+        return error
+
+
+def _demand(found: _Found | FiftyfoldError) -> _Found:
+    if isinstance(found, FiftyfoldError):
+        raise found
+    return found
+
+
+def _gathered(mine: _Calls) -> list[_Calls]:
+    """Return what each rank found, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _part(root: nn.Module, name: str) -> nn.Module:
+    named: Iterable[tuple[str, nn.Module]] = root.named_modules()
+    return next(module for found, module in named if plain_name(found) == name)

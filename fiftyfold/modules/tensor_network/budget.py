@@ -1,0 +1,94 @@
+"""How many bytes each matrix may take: one budget, spread by what an error there does to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fiftyfold.modules.quantization.targets import named_layers
+from fiftyfold.modules.tensor_network.allocation import Option, allocate
+from fiftyfold.modules.tensor_network.families import largest_rank, low_rank_curve
+from fiftyfold.modules.tensor_network.layers import matrix_shape
+from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
+from fiftyfold.modules.tensor_network.objective import least_squares
+from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
+
+Allocation = Literal["model", "outputs", "uniform"]
+"""``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time. ``outputs``: where
+they lower the squared relative errors of the layers' outputs, known from one pass. ``uniform``: the same share for all.
+
+The first two give no matrix less than two thirds or more than one and a half of the common share: training heals an
+even loss better than one that a few matrices bear, however little they seem to matter before it.
+"""
+
+DENSE_BYTES = 2
+"""Of one number of a matrix that stays as it is."""
+
+_SPREAD = 1.5
+_STEPS = 6
+_LARGEST_MOMENTS = 2 * 2**30
+
+
+def spread_bytes(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    keep: float,
+    allocation: Allocation,
+    bits: int,
+) -> dict[str, float]:
+    """Return the bytes that each matrix may take.
+
+    Args:
+        model: in evaluation mode.
+        names: of its linear layers.
+        batches: calibration text.
+        keep: share of the bytes that the matrices take in 16 bits.
+        allocation: how the bytes are spread.
+        bits: of one number.
+
+    Raises:
+        FiftyfoldError: if the budget cannot be met.
+    """
+    layers = dict(named_layers(model))
+    dense = {name: DENSE_BYTES * matrix_shape(layers[name])[0] * matrix_shape(layers[name])[1] for name in names}
+    if allocation == "uniform":
+        return {name: keep * size for name, size in dense.items()}
+    curves: dict[str, torch.Tensor] = {}
+    for group in memory_groups(layers, names):
+        for name, moments in collect_moments(model, group, batches).items():
+            curves[name] = low_rank_curve(*least_squares(layers[name], moments))
+    weights = dict.fromkeys(names, 1.0)
+    if allocation == "model":
+        ranks = {name: largest_rank(matrix_shape(layers[name]), keep * dense[name], bits) for name in names}
+        weights = measured_sensitivity(model, batches, curves, ranks)
+    options = [
+        _options(matrix_shape(layers[name]), curves[name] * weights[name], dense[name], keep, bits) for name in names
+    ]
+    chosen = allocate(options, keep * sum(dense.values()))
+    return {name: each[index].bytes for name, each, index in zip(names, options, chosen, strict=True)}
+
+
+def _options(shape: tuple[int, int], costs: torch.Tensor, dense: float, keep: float, bits: int) -> list[Option]:
+    shares = [keep * _SPREAD ** (step / _STEPS) for step in range(-_STEPS, _STEPS + 1)]
+    ranks = {share: largest_rank(shape, share * dense, bits) for share in shares if share < 1}
+    found = [Option(share * dense, float(costs[rank])) for share, rank in ranks.items() if rank]
+    return [*found, Option(dense, 0.0)] if keep * _SPREAD >= 1 or not found else found
+
+
+def memory_groups(layers: Mapping[str, nn.Module], names: Sequence[str]) -> list[list[str]]:
+    """Cut the names into groups whose moments fit into memory together."""
+    groups: list[list[str]] = []
+    room = 0.0
+    for name in names:
+        need = 16.0 * matrix_shape(layers[name])[1] ** 2
+        if not groups or need > room:
+            groups.append([])
+            room = _LARGEST_MOMENTS
+        groups[-1].append(name)
+        room -= need
+    return groups

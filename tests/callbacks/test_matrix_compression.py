@@ -1,0 +1,140 @@
+"""Calibrating in the middle of a run, and what the run notices of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from fiftyfold.callbacks import MatrixCompression
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules import compress_matrices
+from fiftyfold.modules.structure import compression_root, structure_log
+from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
+from tests.strangers import BertUser, OddUser, assert_same_tensors, make_trainer
+from tests.tiny import tiny_batch
+
+
+class Classifier(LightningModule):
+    """Reads pairs from a loader that it is given, and sees them in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(x[:, 0].tolist())
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(7)
+    return TensorDataset(torch.randn(32, 6, generator=generator), torch.arange(32) % 3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(pairs())
+
+
+LOADERS = {
+    "shuffled by the global numbers": lambda: DataLoader(pairs(), batch_size=8, shuffle=True),
+    "shuffled by its own": lambda: DataLoader(
+        pairs(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "a stream": lambda: DataLoader(Stream(), batch_size=8),
+    "batches of its own": lambda: DataLoader([tuple(pairs()[at : at + 8]) for at in (0, 8, 16, 24)], batch_size=None),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=list(LOADERS))
+def test_the_run_goes_on_as_if_nothing_had_been_read(loader):
+    def fit(callbacks):
+        torch.manual_seed(11)
+        module = Classifier()
+        make_trainer(callbacks, limit_train_batches=1.0).fit(module, loader())
+        return module
+
+    plain, compressed = fit([]), fit([MatrixCompression(0.9, batches=2, start=5)])
+    assert structure_log(compressed)[0]["step"] == 5
+    trained = compressed.seen[:5] + compressed.seen[7:]
+    assert trained == plain.seen, "the second pass draws no number and takes no batch from the first"
+
+
+def test_it_is_the_plain_function_on_the_first_batches():
+    module, by_hand = BertUser(), BertUser()
+    make_trainer([MatrixCompression(0.6, batches=3)], max_steps=1, max_epochs=-1).fit(module)
+    results = compress_matrices(by_hand.model, [tiny_batch(10 * at, vocab=50) for at in range(3)], 0.6)
+    log = structure_log(module.model)[0]
+    assert log["errors"] == {name: round(result.error, 6) for name, result in results.items()}
+
+
+def test_an_average_of_the_weights_gets_the_values_too():
+    module, average = OddUser(), EMAWeightAveraging(decay=0.0)
+    make_trainer([MatrixCompression(0.7, batches=2, start=3), average]).fit(module)
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values() if value.is_floating_point())
+    assert any(isinstance(layer, TensorNetworkLayer) for layer in module.modules())
+
+
+def test_what_is_compressed_already_is_not_compressed_again(tmp_path):
+    first = make_trainer([MatrixCompression(0.7, batches=2)], tmp_path)
+    first.fit(OddUser())
+    again = make_trainer([MatrixCompression(0.7, batches=2)], max_epochs=3)
+    again.fit(OddUser(seed=1), ckpt_path=tmp_path / "step=4.ckpt")
+    assert len(structure_log(compression_root(again.lightning_module))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"keep": 1.5}, "between 0 and 1"),
+        ({"batches": 0}, "at least 1"),
+        ({"allocation": "fair"}, "allocation must be one of"),
+        ({"families": ["tucker"]}, "families must be some of"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments(arguments, words):
+    with pytest.raises(FiftyfoldError, match=words):
+        MatrixCompression(**arguments)
+
+
+def test_a_loader_that_may_not_be_read_twice():
+    class Own:
+        def __iter__(self):
+            return iter([])
+
+        def __len__(self):
+            return 1
+
+    class Fed(Own):
+        def __iter__(self):
+            yield from DataLoader(pairs(), batch_size=8)
+
+    with pytest.raises(FiftyfoldError, match="may not be read twice"):
+        make_trainer([MatrixCompression(0.9)], limit_train_batches=1.0).fit(Classifier(), Fed())
+
+
+def test_layers_in_parts_that_are_called_apart():
+    class Apart(Classifier):
+        def training_step(self, batch, batch_idx):
+            x = batch[0]
+            for layer in self.net:
+                x = layer(x)
+            return x.sum()
+
+    module = Apart()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(FiftyfoldError, match="calls no module that holds all"):
+        make_trainer([MatrixCompression(0.9)]).fit(module, DataLoader(pairs(), batch_size=8))
+    assert_same_tensors(before, module.state_dict(), "refused")
