@@ -63,7 +63,7 @@ class MatrixCompression(OperationCallback):
         keep: float = 0.3,
         *,
         batches: int = 16,
-        allocation: Allocation = "outputs",
+        allocation: Allocation = "model",
         families: Sequence[Family] = FAMILIES_BY_DEFAULT,
         targets: Targets = "default",
         exclude: Targets = (),

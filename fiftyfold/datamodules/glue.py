@@ -16,7 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiftyfold.datamodules.glue_files import Rows, find_files, read_file, rows_from_records
 from fiftyfold.datamodules.glue_tasks import GLUETask, get_task
-from fiftyfold.datamodules.stateful_loader import StatefulLoader, plan_evaluation_batches, plan_training_batches
+from fiftyfold.datamodules.stateful_loader import (
+    StatefulLoader,
+    place_of,
+    plan_evaluation_batches,
+    plan_training_batches,
+    same_every_epoch,
+)
 from fiftyfold.datamodules.token_cache import (
     PaddingCollator,
     cached_tokens,
@@ -145,13 +151,13 @@ class GLUEDataModule(LightningDataModule):
             seed=self.seed,
             shuffle=shuffle,
             lengths=token_lengths(tokens) if self.group_by_length else None,
-            **self._place(),
+            **place_of(self.trainer),
         )
         signature: dict[str, int | bool] = {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "examples": len(tokens),
-            "processes": self._place()["world_size"],
+            "processes": place_of(self.trainer)["world_size"],
             "group_by_length": self.group_by_length,
         }
         return self._loader(tokens, plan, signature)
@@ -233,7 +239,7 @@ class GLUEDataModule(LightningDataModule):
 
     def _check_enough(self, split: str) -> None:
         """Refuse, on all processes alike, what would leave one without a batch and the others waiting for it."""
-        rows, processes = len(self._splits[split]), self._place()["world_size"]
+        rows, processes = len(self._splits[split]), place_of(self.trainer)["world_size"]
         if rows < processes:
             raise FiftyfoldError(
                 f"The {split} set of {self.task.name} has {rows} rows for {processes} processes; use fewer devices."
@@ -241,9 +247,9 @@ class GLUEDataModule(LightningDataModule):
 
     def _evaluation_loader(self, tokens: datasets.Dataset, *, sort: bool) -> StatefulLoader:
         batches = plan_evaluation_batches(
-            len(tokens), self.eval_batch_size, lengths=token_lengths(tokens) if sort else None, **self._place()
+            len(tokens), self.eval_batch_size, lengths=token_lengths(tokens) if sort else None, **place_of(self.trainer)
         )
-        return self._loader(tokens, partial(_same_every_epoch, batches), {})
+        return self._loader(tokens, same_every_epoch(batches), {})
 
     def _loader(
         self, tokens: datasets.Dataset, plan: Callable[[int], list[list[int]]], signature: dict[str, int | bool]
@@ -261,18 +267,9 @@ class GLUEDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _place(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
 
 def _plan_epoch(epoch: int, **arguments: Any) -> list[list[int]]:
     return plan_training_batches(epoch=epoch, **arguments)
-
-
-def _same_every_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
-    return batches
 
 
 def at_least_one(name: str, value: int) -> int:

@@ -24,8 +24,10 @@ from fiftyfold.datamodules.packed_text import (
 from fiftyfold.datamodules.stateful_loader import (
     Batch,
     StatefulLoader,
+    place_of,
     plan_evaluation_batches,
     plan_training_batches,
+    same_every_epoch,
 )
 from fiftyfold.datamodules.text_files import find_sources
 from fiftyfold.datamodules.token_cache import default_cache_folder
@@ -190,14 +192,14 @@ class LanguageModelingDataModule(LightningDataModule):
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle=not (self.trainer and self.trainer.overfit_batches > 0),
-            **self._place(),
+            **place_of(self.trainer),
         )
         signature: dict[str, int | bool] = {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
             "examples": len(sequences),
-            "processes": self._place()["world_size"],
+            "processes": place_of(self.trainer)["world_size"],
         }
         return self._loader(sequences, plan, signature)
 
@@ -256,7 +258,7 @@ class LanguageModelingDataModule(LightningDataModule):
         self._sequences["train"] = whole.part(np.sort(chosen))
 
     def _evaluation_loader(self, split: str) -> StatefulLoader:
-        sequences, place = self._sequences[split], self._place()
+        sequences, place = self._sequences[split], place_of(self.trainer)
         if len(sequences) < place["world_size"]:
             raise FiftyfoldError(
                 f"the {split} text fills {len(sequences)} sequences for {place['world_size']} processes; use fewer "
@@ -265,7 +267,7 @@ class LanguageModelingDataModule(LightningDataModule):
         batches = plan_evaluation_batches(
             len(sequences), self.eval_batch_size, rank=place["rank"], world_size=place["world_size"]
         )
-        return self._loader(sequences, partial(_same_every_epoch, batches), {})
+        return self._loader(sequences, same_every_epoch(batches), {})
 
     def _loader(
         self,
@@ -285,17 +287,8 @@ class LanguageModelingDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _place(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
 
 def _plan_epoch(epoch: int, examples: int, **arguments: Any) -> list[list[int]]:
     batches = plan_training_batches(examples, epoch=epoch, **arguments)
     # Beyond the last sequence an index means the same one in a later epoch: its mask is then another.
     return [[epoch * examples + index for index in batch] for batch in batches]
-
-
-def _same_every_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
-    return batches

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from fiftyfold.errors import FiftyfoldError
@@ -92,6 +94,22 @@ def plan_evaluation_batches(
         order = _sort(order, np.asarray(lengths))
     own = order[rank::world_size]
     return [own[i : i + batch_size].tolist() for i in range(0, len(own), batch_size)]
+
+
+def place_of(trainer: Trainer | None) -> dict[str, int]:
+    """Return ``rank`` and ``world_size`` of this process, as the plans take them; without a Trainer it is alone."""
+    if trainer is None:
+        return {"rank": 0, "world_size": 1}
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+
+def same_every_epoch(batches: list[list[int]]) -> Callable[[int], list[list[int]]]:
+    """Return the plan whose every epoch is ``batches``."""
+    return partial(_whatever_the_epoch, batches)
+
+
+def _whatever_the_epoch(batches: list[list[int]], _epoch: int) -> list[list[int]]:
+    return batches
 
 
 def _sort(indices: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

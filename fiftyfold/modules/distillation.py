@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -26,7 +25,7 @@ from fiftyfold.modules.layer_reduction import choose_layers, student_from_teache
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import attach_structure, structure_log
 from fiftyfold.modules.task_module import Batch, TaskModule, label_loss, model_inputs
-from fiftyfold.modules.teacher import FrozenTeacher, Observation, TeacherPrecision, observe
+from fiftyfold.modules.teacher import Observation, TeacherPrecision, freeze, observe
 
 
 @dataclass(frozen=True)
@@ -129,15 +128,17 @@ class DistillationModule(TaskModule):
         teacher_model = load_teacher(teacher) if isinstance(teacher, str) else teacher
         total = len(layer_stack(teacher_model, find_layer_stack(teacher_model)))
         self._first_layers = list(range(total)) if layers == "all" else choose_layers(layers, total, keep)
-        self.student = _begin_student(student, teacher_model, self._first_layers)
+        self.student = (
+            student_from_teacher(teacher_model, self._first_layers).float()
+            if student is None
+            else load_student(student, "student")
+        )
         _check_fit(self.student, teacher_model, self._first_layers, self._stages)
         attach_structure(self.student)
         self._first_log_length = len(structure_log(self.student))
         self._student_stack = find_layer_stack(self.student)
         self._causal = has_causal_attention(self.student)
-        # A model of the caller's own is frozen, but its layers are left alone.
-        own = isinstance(teacher, str) or teacher_precision == "full"
-        self._teacher = FrozenTeacher(teacher_model if own else copy.deepcopy(teacher_model), teacher_precision)
+        self._teacher = freeze(teacher_model, teacher_precision, shared=not isinstance(teacher, str))
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -233,17 +234,6 @@ def _weighted_stages(
 def _listed(stages: Sequence[Stage | Mapping[str, float]]) -> list[Stage]:
     # A checkpoint's hyperparameters hold them as mappings.
     return [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages]
-
-
-def _begin_student(student: str | None, teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    if student is not None:
-        return load_student(student, "student")
-    if not all(parameter.is_floating_point() for parameter in teacher.parameters()):
-        raise FiftyfoldError(
-            "a student cannot be copied from a teacher with packed weights; name the fine-tuned model that the teacher "
-            "was made from, or a student to begin from (student=...)."
-        )
-    return student_from_teacher(teacher, layers).float()
 
 
 def _check_fit(

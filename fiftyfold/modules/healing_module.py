@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -15,13 +13,12 @@ from fiftyfold.modules.layer_reduction import choose_layers, student_from_teache
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.pretrained import (
     Objective,
-    has_packed_layers,
     load_language_model,
     load_trainable_language_model,
 )
 from fiftyfold.modules.structure import attach_structure
 from fiftyfold.modules.task_module import Batch
-from fiftyfold.modules.teacher import FrozenTeacher, TeacherPrecision
+from fiftyfold.modules.teacher import TeacherPrecision, freeze
 from fiftyfold.modules.text_module import TextModule
 
 
@@ -88,11 +85,13 @@ class HealingModule(TextModule):
         model = load_language_model(teacher, "teacher", objective) if isinstance(teacher, str) else teacher
         total = len(layer_stack(model, find_layer_stack(model)))
         kept = list(range(total)) if layers == "all" else choose_layers(layers, total, keep)
-        self.student = _begin_student(student, model, kept, objective)
+        self.student = (
+            student_from_teacher(model, kept).float()
+            if student is None
+            else load_trainable_language_model(student, "student", objective)
+        )
         attach_structure(self.student)
-        # A model of the caller's own is frozen, but its layers are left alone.
-        own = isinstance(teacher, str) or teacher_precision == "full"
-        frozen = FrozenTeacher(model if own else copy.deepcopy(model), teacher_precision)
+        frozen = freeze(model, teacher_precision, shared=not isinstance(teacher, str))
         self._healer = Healer(self.student, frozen, layers=kept, objective=objective)
 
     @property
@@ -113,16 +112,3 @@ class HealingModule(TextModule):
 
     def _fitted_models(self) -> list[tuple[PreTrainedModel, str]]:
         return [(self.teacher, "teacher"), (self.student, "student")]
-
-
-def _begin_student(
-    source: str | None, teacher: PreTrainedModel, layers: list[int], objective: Objective
-) -> PreTrainedModel:
-    if source is not None:
-        return load_trainable_language_model(source, "student", objective)
-    if has_packed_layers(teacher):
-        raise FiftyfoldError(
-            "a student cannot be copied from a teacher with packed weights; name the model that it was made from, or a "
-            "student to begin from (student=...)."
-        )
-    return student_from_teacher(teacher, layers).float().train()

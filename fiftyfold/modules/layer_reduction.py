@@ -106,8 +106,13 @@ def student_from_teacher(teacher: _Model, layers: Sequence[int]) -> _Model:
         A new model in training mode whose layer i is a copy of teacher layer ``layers[i]``.
 
     Raises:
-        FiftyfoldError: if the stack is not found or the list is impossible.
+        FiftyfoldError: if the stack is not found, the list is impossible, or the teacher's weights are packed.
     """
+    if not all(parameter.is_floating_point() for parameter in teacher.parameters()):
+        raise FiftyfoldError(
+            "a student cannot be copied from a teacher with packed weights; name the model that the teacher was made "
+            "from, or a student to begin from (student=...)."
+        )
     student = copy.deepcopy(teacher)
     keep_layers(student, find_layer_stack(student), layers)
     if has_structure(student):

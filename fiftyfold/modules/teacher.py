@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,6 +107,17 @@ class FrozenTeacher:
         if self.model.training:
             self.model.eval()
         return observe(self.model, inputs, self._stack, hidden, attention)
+
+
+def freeze(model: PreTrainedModel, precision: TeacherPrecision, *, shared: bool) -> FrozenTeacher:
+    """Return ``model`` as a frozen teacher.
+
+    Args:
+        model: frozen in place.
+        precision: see :class:`FrozenTeacher`.
+        shared: whether someone else holds the model too, whose layers are then left alone.
+    """
+    return FrozenTeacher(copy.deepcopy(model) if shared and precision != "full" else model, precision)
 
 
 def _quantize_linears(model: PreTrainedModel, precision: TeacherPrecision) -> None:

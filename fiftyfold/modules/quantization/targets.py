@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from fiftyfold.modules.surgery import plain_name
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_shape
 
 Targets = str | Sequence[str]
+Choice = Callable[[dict[str, nn.Module]], set[str]]
 
 _HEAD_NAMES = frozenset({"classifier", "score", "lm_head", "qa_outputs", "cls"})
 _EXAMPLES = 5
@@ -39,12 +40,37 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
         FiftyfoldError: if nothing is found, or a pattern is wrong or finds nothing.
     """
     eligible = {name: module for name, module in named_layers(model) if is_eligible(module)}
+    named: dict[str, Choice] = {"default": set, "xtc": lambda candidates: _xtc(model, candidates)}
+    return choose_layers_by_name(model, eligible, targets, exclude, named, purpose="quantize")
+
+
+def choose_layers_by_name(
+    model: nn.Module,
+    eligible: dict[str, nn.Module],
+    targets: Targets,
+    exclude: Targets,
+    named: Mapping[str, Choice],
+    *,
+    purpose: str,
+) -> list[str]:
+    """Choose among layers by a choice that has a name, or by patterns.
+
+    Args:
+        model: that the layers belong to.
+        eligible: the layers.
+        targets: the name of one of the ``named`` choices, or patterns.
+        exclude: patterns of names to leave out.
+        named: choices by their names, among the layers that are neither frozen beside others that train nor heads.
+        purpose: what is to be done with them, as a verb.
+
+    Raises:
+        FiftyfoldError: if nothing is found, or a pattern is wrong or finds nothing.
+    """
     if not eligible:
-        raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to quantize.")
-    if targets in ("default", "xtc"):
+        raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to {purpose}.")
+    if isinstance(targets, str) and targets in named:
         left_out = frozen_parts(model) | task_heads(model)
-        candidates = {name: module for name, module in eligible.items() if name not in left_out}
-        chosen = set(candidates) if targets == "default" else _xtc(model, candidates)
+        chosen = named[targets]({name: module for name, module in eligible.items() if name not in left_out})
     else:
         chosen = matching("targets", targets, eligible)
     chosen |= sharing_weight(chosen, eligible)
@@ -52,7 +78,7 @@ def find_targets(model: nn.Module, targets: Targets = "default", exclude: Target
         chosen -= matching("exclude", exclude, eligible)
     if not chosen:
         raise FiftyfoldError(
-            f"targets {targets!r} without exclude {exclude!r} leave nothing to quantize in {type(model).__name__}; "
+            f"targets {targets!r} without exclude {exclude!r} leave nothing to {purpose} in {type(model).__name__}; "
             f"its layers are {examples(eligible)}."
         )
     return [name for name in eligible if name in chosen]

@@ -76,7 +76,7 @@ def compress_matrices(
     keep: float = 0.3,
     *,
     families: Sequence[Family] = FAMILIES_BY_DEFAULT,
-    allocation: Allocation = "outputs",
+    allocation: Allocation = "model",
     factor_bits: int = 16,
     compressed_prefix: bool = True,
     sweeps: int = SWEEPS,
@@ -244,7 +244,7 @@ def plan_compression(
 class _Plan:
     bits: int
     families: Sequence[Family] = FAMILIES_BY_DEFAULT
-    allocation: Allocation = "outputs"
+    allocation: Allocation = "model"
     compressed_prefix: bool = True
     sweeps: int = SWEEPS
     targets: Targets = "default"

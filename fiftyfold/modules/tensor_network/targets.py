@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.targets import (
-    Targets,
-    examples,
-    frozen_parts,
-    in_stacks,
-    matching,
-    named_layers,
-    sharing_weight,
-    task_heads,
-)
+from fiftyfold.modules.quantization.targets import Targets, choose_layers_by_name, in_stacks, named_layers
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, is_tensorizable
 
 
@@ -37,24 +27,10 @@ def find_matrices(model: nn.Module, targets: Targets = "default", exclude: Targe
         FiftyfoldError: if nothing is found, or a pattern is wrong or finds nothing.
     """
     eligible = {name: module for name, module in named_layers(model) if is_tensorizable(module)}
-    if not eligible:
-        raise FiftyfoldError(f"{type(model).__name__} has no Linear, Embedding or Conv1D to tensorize.")
-    if targets == "default":
-        left_out = frozen_parts(model) | task_heads(model)
-        linears = {
-            name: module
-            for name, module in eligible.items()
-            if name not in left_out and not isinstance(module, nn.Embedding | TensorNetworkEmbedding)
-        }
-        chosen = in_stacks(model, linears) or set(linears)
-    else:
-        chosen = matching("targets", targets, eligible)
-    chosen |= sharing_weight(chosen, eligible)
-    if exclude:
-        chosen -= matching("exclude", exclude, eligible)
-    if not chosen:
-        raise FiftyfoldError(
-            f"targets {targets!r} without exclude {exclude!r} leave nothing to tensorize in {type(model).__name__}; "
-            f"its layers are {examples(eligible)}."
-        )
-    return [name for name in eligible if name in chosen]
+
+    def linears(candidates: dict[str, nn.Module]) -> set[str]:
+        embeddings = nn.Embedding | TensorNetworkEmbedding
+        found = {name: module for name, module in candidates.items() if not isinstance(module, embeddings)}
+        return in_stacks(model, found) or set(found)
+
+    return choose_layers_by_name(model, eligible, targets, exclude, {"default": linears}, purpose="tensorize")
