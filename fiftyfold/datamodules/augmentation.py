@@ -247,7 +247,7 @@ def augment_file(
 
 @contextmanager
 def _claimed(part: Path, output: Path) -> Iterator[None]:
-    """Make the folder, and hold the unfinished file so that no other run appends to it."""
+    """Make the folder, hold the unfinished file so that no other run appends to it, and say so if the disk refuses."""
     with ExitStack() as stack:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,13 @@ def _claimed(part: Path, output: Path) -> Iterator[None]:
             raise FiftyfoldError(
                 f"{part.parent} cannot be written ({error.strerror or error}); give another output."
             ) from error
-        yield
+        try:
+            yield
+        except OSError as error:
+            raise FiftyfoldError(
+                f"{part} cannot be written ({error.strerror or error}); free some space or give another output, and"
+                " start again: the work done so far is kept."
+            ) from error
 
 
 def _lines(
@@ -276,18 +282,12 @@ def _lines(
 
 def _append(part: Path, groups: Iterator[list[str]], start: int, total: int, progress: Progress | None) -> int:
     written = 0
-    try:
-        with part.open("a", encoding="utf-8", newline="\n") as file:
-            for row, lines in enumerate(groups, start=start):
-                file.writelines(lines)
-                written += len(lines)
-                if progress is not None:
-                    progress(row + 1, total)
-    except OSError as error:
-        raise FiftyfoldError(
-            f"{part} cannot be written ({error.strerror or error}); free some space or give another output, and start"
-            " again: the work done so far is kept."
-        ) from error
+    with part.open("a", encoding="utf-8", newline="\n") as file:
+        for row, lines in enumerate(groups, start=start):
+            file.writelines(lines)
+            written += len(lines)
+            if progress is not None:
+                progress(row + 1, total)
     return written
 
 

@@ -102,6 +102,11 @@ class Run:
         os.kill(self.process, number)
 
 
+def said(place: Path) -> str:
+    """Return the last line that a run in ``place`` printed."""
+    return (place / "run.log").read_text(errors="replace").strip().splitlines()[-1]
+
+
 def content_hash(value: Any) -> str:
     """Return a hash over everything inside nested mappings and sequences, tensors by their bytes."""
     state = hashlib.sha256()

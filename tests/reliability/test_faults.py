@@ -25,27 +25,11 @@ from tests.reliability.commands import (
     compress_words,
     export_hash,
     fit_words,
-    make_place,
+    said,
     training_hash,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
-def fitted(place):
-    """The undisturbed training."""
-    assert Run(fit_words("whole"), place).wait() == 0
-    return training_hash(place / "whole" / "step=8.ckpt")
-
-
-def said(place: Path) -> str:
-    return (place / "run.log").read_text(errors="replace").strip().splitlines()[-1]
 
 
 class SlowSteps(Callback):
