@@ -40,7 +40,7 @@ from tests.strangers import MODULES, STEPS, OddUser, assert_same_training, make_
 
 RESULTS = Path(__file__).parent / "results" / "reliability_cost.json"
 BATCH, TOKENS = 4, 32
-ROUNDS = 7
+SCALING_ROUNDS = 3
 
 
 def main() -> None:
@@ -61,8 +61,9 @@ def main() -> None:
 class Bert(LightningModule):
     """BERT of random weights, trained on random tokens."""
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self, batch: int = BATCH, **sizes: int) -> None:
         super().__init__()
+        self.batch = batch
         torch.manual_seed(0)
         self.model = BertForSequenceClassification(BertConfig(**sizes))
 
@@ -74,7 +75,7 @@ class Bert(LightningModule):
     def train_dataloader(self) -> torch.utils.data.DataLoader[torch.Tensor]:
         """Return as many batches as anybody wants."""
         tokens = torch.randint(1000, 30000, (1024, TOKENS), generator=torch.Generator().manual_seed(0))
-        return torch.utils.data.DataLoader(tokens, batch_size=BATCH)  # type: ignore[arg-type]
+        return torch.utils.data.DataLoader(tokens, batch_size=self.batch)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW for everything."""
@@ -169,27 +170,61 @@ def checkpoints() -> list[dict[str, Any]]:
     return rows
 
 
-def scaling() -> dict[str, Any]:
-    """Compare the step of one process with that of two, in turn; each process has one thread and its own batch."""
-    sizes = {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200}
+MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}
+TINYBERT = {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200}
+SCALING: dict[str, dict[str, Any]] = {
+    "MiniLM's size, 32 sentences": {"model": MINILM, "batch": 32, "accumulate": 1},
+    "MiniLM's size, 4 times 32 sentences a step": {"model": MINILM, "batch": 32, "accumulate": 4},
+    "TinyBERT's size, 4 sentences": {"model": TINYBERT, "batch": BATCH, "accumulate": 1},
+}
 
-    def median_step(**options: Any) -> float:
-        watch = Stopwatch()
-        trainer([QuantizationAwareTraining(1), watch], 12, **options).fit(Bert(**sizes))
-        return statistics.median(watch.steps[2:])
 
-    ratios = []
-    for _ in range(ROUNDS):
-        # Both in processes of their own, so that only their number differs.
-        one = run_on_ranks(median_step, ranks=1)[0]
-        two = max(run_on_ranks(lambda: median_step(strategy="ddp", devices=RANKS)))
-        ratios.append(RANKS * one / two)
-    return {
-        "model": sizes,
-        "batch": [BATCH, TOKENS],
-        "times_one_process": round(statistics.median(ratios), 3),
-        "rounds": [round(ratio, 3) for ratio in ratios],
-    }
+class Pace(Callback):
+    """Times whole optimizer steps, and all that lies between them, after the first ``skip`` batches."""
+
+    def __init__(self, skip: int) -> None:
+        self._skip = skip
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Begin after the warm-up."""
+        if batch_idx == self._skip:
+            self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ARG002
+        """The last one counts."""
+        self.seconds = time.perf_counter() - self._begin if hasattr(self, "_begin") else 0.0
+
+
+def scaling() -> list[dict[str, Any]]:
+    """Compare what one process trains in a second with what two do, in turn; one thread and one batch a process."""
+
+    def seconds(setting: dict[str, Any], **options: Any) -> float:
+        accumulate = setting["accumulate"]
+        pace = Pace(skip=max(2, accumulate))
+        batches = max(2, accumulate) + (4 if setting["batch"] > BATCH else 24)
+        callbacks = [QuantizationAwareTraining(1), pace]
+        running = trainer(callbacks, -1, max_epochs=1, limit_train_batches=batches,
+                          accumulate_grad_batches=accumulate, **options)  # fmt: skip
+        running.fit(Bert(batch=setting["batch"], **setting["model"]))
+        return pace.seconds
+
+    ratios: dict[str, list[float]] = {name: [] for name in SCALING}
+    for _ in range(SCALING_ROUNDS):
+        for name, setting in SCALING.items():
+            # Both in processes of their own, so that only their number differs.
+            one = run_on_ranks(seconds, setting, ranks=1)[0]
+            two = max(run_on_ranks(lambda setting=setting: seconds(setting, strategy="ddp", devices=RANKS)))
+            ratios[name].append(RANKS * one / two)
+    return [
+        {
+            "setting": name,
+            **setting,
+            "tokens": TOKENS,
+            "times_one_process": round(statistics.median(ratios[name]), 3),
+            "rounds": [round(ratio, 3) for ratio in ratios[name]],
+        }
+        for name, setting in SCALING.items()
+    ]
 
 
 class CompareRanks(Callback):
