@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -172,9 +171,11 @@ def checkpoints() -> list[dict[str, Any]]:
 
 
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}
+TINYBERT = {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200}
 SCALING: dict[str, dict[str, Any]] = {
     "MiniLM's size, 32 sentences": {"model": MINILM, "batch": 32, "accumulate": 1},
     "MiniLM's size, 4 times 32 sentences a step": {"model": MINILM, "batch": 32, "accumulate": 4},
+    "TinyBERT's size, 4 sentences": {"model": TINYBERT, "batch": BATCH, "accumulate": 1},
 }
 
 
@@ -195,34 +196,25 @@ class Pace(Callback):
 
 
 def scaling() -> list[dict[str, Any]]:
-    """Compare what one process trains in a second with what two do, in turn; one thread and one batch a process.
-
-    Two processes that know nothing of each other show what the machine itself leaves for the second one.
-    """
+    """Compare what one process trains in a second with what two do, in turn; one thread and one batch a process."""
 
     def seconds(setting: dict[str, Any], **options: Any) -> float:
         accumulate = setting["accumulate"]
         pace = Pace(skip=max(2, accumulate))
-        batches = max(2, accumulate) + 4
+        batches = max(2, accumulate) + (4 if setting["batch"] > BATCH else 24)
         callbacks = [QuantizationAwareTraining(1), pace]
         running = trainer(callbacks, -1, max_epochs=1, limit_train_batches=batches,
                           accumulate_grad_batches=accumulate, **options)  # fmt: skip
         running.fit(Bert(batch=setting["batch"], **setting["model"]))
         return pace.seconds
 
-    def seconds_alone(setting: dict[str, Any]) -> float:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        return seconds(setting, devices=1)
-
     ratios: dict[str, list[float]] = {name: [] for name in SCALING}
-    apart: dict[str, list[float]] = {name: [] for name in SCALING}
     for _ in range(SCALING_ROUNDS):
         for name, setting in SCALING.items():
             # Both in processes of their own, so that only their number differs.
             one = run_on_ranks(seconds, setting, ranks=1)[0]
             two = max(run_on_ranks(lambda setting=setting: seconds(setting, strategy="ddp", devices=RANKS)))
             ratios[name].append(RANKS * one / two)
-            apart[name].append(RANKS * one / max(run_on_ranks(seconds_alone, setting)))
     return [
         {
             "setting": name,
@@ -230,8 +222,6 @@ def scaling() -> list[dict[str, Any]]:
             "tokens": TOKENS,
             "times_one_process": round(statistics.median(ratios[name]), 3),
             "rounds": [round(ratio, 3) for ratio in ratios[name]],
-            "times_one_process_without_ddp": round(statistics.median(apart[name]), 3),
-            "rounds_without_ddp": [round(ratio, 3) for ratio in apart[name]],
         }
         for name, setting in SCALING.items()
     ]
