@@ -57,12 +57,23 @@ class ArrangedWeight:
         return table_product.find_entries(self.stored.codes, self.settings.bits)
 
 
+SMALLEST_WEIGHT = 2**19
+"""Entries of a weight from which on integers pay in training whatever it is multiplied with: they save passes over it.
+
+See benchmarks/training_layer.py for both sizes."""
+
+SMALLEST_PRODUCT = 2**23
+"""Multiplications from which on integers pay in training, however small the weight."""
+
 # By weight, so that a weight's successor, copy or owner in another process finds nothing.
 _kept = WeakTensorKeyDictionary()
 
 
 def takes_integers(x: torch.Tensor, weight: torch.Tensor, settings: LayerSettings) -> bool:
-    """Tell whether a layer's forward product is to be one of integers: where that is exact, and pays."""
+    """Tell whether a layer's forward product is to be one of integers: where that is exact, and pays.
+
+    Without gradients it always is, so that a trained model gives the exported one's bits.
+    """
     activation = settings.activation
     return (
         current_path() == "integer"
@@ -76,6 +87,11 @@ def takes_integers(x: torch.Tensor, weight: torch.Tensor, settings: LayerSetting
         and weight.shape[1] <= largest_inputs(activation.bits)
         and training.is_native(weight)
         and backend_for("cpu") is not None
+        and (
+            not torch.is_grad_enabled()
+            or weight.numel() >= SMALLEST_WEIGHT
+            or x.numel() * len(weight) >= SMALLEST_PRODUCT
+        )
     )
 
 

@@ -21,6 +21,13 @@ pytestmark = pytest.mark.skipif(
     not training.is_fused(torch.ones(1)) or backend_for("cpu") is None, reason="there is no library for this processor"
 )
 
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Take integers however small a layer is."""
+    monkeypatch.setattr(integer_forward, "SMALLEST_WEIGHT", 0)
+
+
 ACTIVATIONS = [
     ActivationSettings(),
     ActivationSettings(full_range=True),
@@ -118,6 +125,23 @@ def test_what_has_no_integer_form_takes_the_reference(chosen, x):
     module = nn.Linear(30, 17)
     activate(module, chosen)
     assert not uses_integers(module(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "integers"), [((30, 17), 9, False), ((1024, 512), 1, True), ((512, 512), 32, True)]
+)
+def test_in_training_small_layers_take_the_reference(shape, tokens, integers, monkeypatch):
+    monkeypatch.undo()
+    module, x = nn.Linear(*shape), torch.randn(tokens, shape[0], requires_grad=True)
+    activate(module, LayerSettings(WeightSettings(1), ActivationSettings()))
+    y = module(x)
+    assert uses_integers(y) == integers
+    with torch.no_grad(), use_path("integer"):
+        exact = module(x)
+    assert torch.equal(exact, y) == integers
+    packed = pack_layer("layer", module, packed_entry(module))
+    with torch.no_grad():
+        assert torch.equal(packed(x), exact)
 
 
 def test_the_reference_path_is_kept_to():
