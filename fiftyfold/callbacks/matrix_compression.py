@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import distributed as dist
 from torch import nn
@@ -163,7 +164,7 @@ def _gathered(mine: _Calls) -> list[_Calls]:
     if not dist.is_initialized():
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, move_data_to_device(mine, "cpu"))
     return found
 
 

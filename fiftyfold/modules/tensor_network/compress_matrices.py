@@ -234,7 +234,12 @@ def plan_compression(
         for module, mode in modes.items():
             module.training = mode
     layers = dict(named_layers(student))
-    values = {name: layers[name].state_dict() for name, result in results.items() if result.form is not None}
+    # Not on a GPU: another rank may have another one.
+    values = {
+        name: {key: tensor.cpu() for key, tensor in layers[name].state_dict().items()}
+        for name, result in results.items()
+        if result.form is not None
+    }
     if not values:
         raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
     return Compression(results, values)
