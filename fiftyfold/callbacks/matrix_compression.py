@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import distributed as dist
 from torch import nn
 
@@ -42,9 +43,8 @@ class MatrixCompression(OperationCallback):
     """Replaces weight matrices by the tensor networks that change the layers' outputs least on training batches.
 
     The batches are the first of a fresh pass over the training data, as the module's own ``training_step`` calls the
-    model with them. The first rank compresses by the
-    batches of all ranks, and tells the others. Quantize the factors, if at all, by a
-    :class:`~fiftyfold.callbacks.QuantizationAwareTraining` that starts later.
+    model with them. The first rank compresses by the batches of all ranks, and tells the others. Quantize the factors,
+    if at all, by a :class:`~fiftyfold.callbacks.QuantizationAwareTraining` that starts later.
 
     Args:
         keep: see :func:`fiftyfold.modules.compress_matrices`, as for all the following but two.
@@ -141,8 +141,11 @@ class MatrixCompression(OperationCallback):
 
 
 def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], object]]:
+    step = trainer.lightning_module.training_step
+    counted = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     for index, batch in enumerate(batches):
-        yield functools.partial(trainer.lightning_module.training_step, trainer.strategy.batch_to_device(batch), index)
+        given = trainer.strategy.batch_to_device(batch)
+        yield functools.partial(step, given, index) if counted else functools.partial(step, given)
 
 
 def _attempt(find: Callable[[], _Found]) -> _Found | FiftyfoldError:

@@ -71,6 +71,16 @@ def test_the_run_goes_on_as_if_nothing_had_been_read(loader):
     assert trained == plain.seen, "the second pass draws no number and takes no batch from the first"
 
 
+def test_a_training_step_that_does_not_count_its_batches():
+    class Plain(Classifier):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    module = Plain()
+    make_trainer([MatrixCompression(0.9, batches=2)]).fit(module, DataLoader(pairs(), batch_size=8))
+    assert structure_log(module)[0]["op"] == "compress_matrices"
+
+
 def test_it_is_the_plain_function_on_the_first_batches():
     module, by_hand = BertUser(), BertUser()
     make_trainer([MatrixCompression(0.6, batches=3)], max_steps=1, max_epochs=-1).fit(module)
