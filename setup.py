@@ -25,6 +25,8 @@ def build_module() -> types.ModuleType:
     for name, file in (
         ("fiftyfold", None),
         ("fiftyfold.errors", "fiftyfold/errors.py"),
+        ("fiftyfold.file_replacement", "fiftyfold/file_replacement.py"),
+        ("fiftyfold.user_cache", "fiftyfold/user_cache.py"),
         ("fiftyfold.kernels", None),
         ("fiftyfold.kernels.build", "fiftyfold/kernels/build.py"),
     ):

@@ -1,4 +1,4 @@
-"""The one exception that fiftyfold raises on purpose."""
+"""The one exception that fiftyfold raises on purpose, and how it quotes others."""
 
 
 class FiftyfoldError(ValueError):
@@ -10,3 +10,8 @@ class FiftyfoldError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message if len(message) <= 1000 else f"{message[:700]} … {message[-290:]}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

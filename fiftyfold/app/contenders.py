@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.kernels.prepacked import prepacked_bytes
 from fiftyfold.modules import load
 from fiftyfold.modules.quantization.layers import remove_quantization
@@ -110,8 +110,9 @@ def _teacher(source: str, packed: PreTrainedModel) -> nn.Module:
     try:
         return kind.from_pretrained(source).float()  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FiftyfoldError(f"the teacher {source!r} cannot be opened as {kind.__name__}: {reason}") from error
+        raise FiftyfoldError(
+            f"the teacher {source!r} cannot be opened as {kind.__name__}: {first_line(error)}"
+        ) from error
 
 
 def _dynamic_int8(dense: nn.Module) -> Contender | LeftOut:
@@ -120,7 +121,7 @@ def _dynamic_int8(dense: nn.Module) -> Contender | LeftOut:
         with _quiet():
             model = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, dtype=torch.qint8)
     except (AttributeError, RuntimeError) as error:
-        return LeftOut(name, f"this torch cannot quantize it ({_first_line(error)})")
+        return LeftOut(name, f"this torch cannot quantize it ({first_line(error)[:120]})")
     # Its packed weights are no tensors; what it writes to a file has the same size.
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
@@ -136,7 +137,7 @@ def _onnxruntime_int8(dense: nn.Module) -> Contender | LeftOut:
         with _quiet(), tempfile.TemporaryDirectory() as place:
             return _onnx_contender(name, dense, Path(place))
     except Exception as error:  # noqa: BLE001 - three packages with exceptions of their own
-        return LeftOut(name, f"it cannot be exported ({_first_line(error)})")
+        return LeftOut(name, f"it cannot be exported ({first_line(error)[:120]})")
 
 
 def _onnx_contender(name: str, dense: nn.Module, place: Path) -> Contender:
@@ -192,7 +193,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__

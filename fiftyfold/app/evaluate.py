@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
+from fiftyfold.datamodules.glue import at_least_one
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.perplexity import TextScore, score_documents, score_masked, score_row
 from fiftyfold.modules.pretrained import Objective, load_language_model
@@ -48,7 +49,7 @@ def evaluate(
         stride: new tokens a window, for the row; by default half a window. The smaller, the slower and the more
             context each token has.
         batch_size: windows at once.
-        limit: score only so many tokens (or documents) from the beginning.
+        limit: score only so many tokens (for documents: so many documents) from the beginning.
         tokenizer: folder or hub id of the tokenizer; by default the model's.
         document_separator: what stands between two documents of a .txt file.
         text_column: where JSON objects, parquet files and the hub's sets have their text.
@@ -56,6 +57,8 @@ def evaluate(
     """
     if output is not None and Path(output).exists():
         raise FiftyfoldError(f"{output} is there already; name another file.")
+    if limit is not None:
+        at_least_one("limit", limit)
     quiet_lightning()
     loaded = load_language_model(model, "model", objective)
     text = LanguageModelingDataModule(
@@ -77,7 +80,7 @@ def evaluate(
         "split": chosen,
         "way": way if objective == "causal" else "masked",
         "window": text.sequence_length,
-        "stride": stride if stride is not None else max(1, text.sequence_length // 2),
+        "stride": _stride(text, way, stride),
         **score.to_json(),
     }
     print(json.dumps(figures, indent=2))
@@ -112,13 +115,19 @@ def score_text(
 
         arguments: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if text.objective == "masked":
-            text.setup("test" if split == "test" else "validate")
-            loader = text.test_dataloader() if split == "test" else text.val_dataloader()
-            return score_masked(model, list(loader)[:limit], progress=progress)
+            return score_masked(model, list(text.whole_loader(split, limit)), progress=progress)
         if way == "documents":
             first = text.tokenizer.bos_token_id
             return score_documents(model, text.documents(split)[:limit], first_token=first, window=window, **arguments)
         return score_row(model, text.row(split)[:limit], window=window, stride=stride, **arguments)
+
+
+def _stride(text: LanguageModelingDataModule, way: Way, stride: int | None) -> int | None:
+    """Return the new tokens a window where windows overlap, and nothing where each sequence is read by itself."""
+    if text.objective == "masked":
+        return None
+    half = max(1, text.sequence_length // 2)
+    return half if stride is None or way == "documents" else stride
 
 
 def longest_window(model: PreTrainedModel, most: int = 2048) -> int:

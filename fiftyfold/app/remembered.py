@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.modules import DistillationModule, FineTuningModule
 from fiftyfold.modules.checkpoint import check_checkpoint
 from fiftyfold.modules.task_module import DATA_KEY
@@ -78,11 +78,6 @@ def remembered_model(content: Mapping[str, Any], path: str, typed_class: str | N
     for name, value in arguments.items():
         _refuse_code(f"{path} sets {name[:80]!r}", value, _may_be_callable(module_class, name))
     return {"class_path": class_path, "init_args": arguments}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _own_class(content: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:

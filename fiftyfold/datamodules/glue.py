@@ -26,11 +26,11 @@ from fiftyfold.datamodules.stateful_loader import (
 from fiftyfold.datamodules.token_cache import (
     PaddingCollator,
     cached_tokens,
-    default_cache_folder,
     file_digest,
     token_lengths,
 )
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
+from fiftyfold.user_cache import user_cache_folder
 
 HUB_DATASET = "nyu-mll/glue"
 """The hub's copy of GLUE, one configuration per task."""
@@ -94,7 +94,7 @@ class GLUEDataModule(LightningDataModule):
         self.augmented = augmented
         self.group_by_length = group_by_length
         self.seed = seed
-        self.cache_folder = Path(cache_dir) if cache_dir else default_cache_folder()
+        self.cache_folder = Path(cache_dir) if cache_dir else user_cache_folder()
         self._tokenizer = tokenizer
         self._splits: dict[str, datasets.Dataset] = {}
         self._sources: dict[str, tuple[str, Callable[[], Rows]]] | None = None
@@ -292,10 +292,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
         raise FiftyfoldError(
-            f"No tokenizer could be loaded from {name!r} ({reason}); give a folder that holds tokenizer.json, or a hub"
-            " id."
+            f"No tokenizer could be loaded from {name!r} ({first_line(error)}); give a folder that holds"
+            " tokenizer.json, or a hub id."
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -322,7 +321,7 @@ def _hub_sources(task: GLUETask) -> dict[str, tuple[str, Callable[[], Rows]]]:
         splits = datasets.load_dataset(HUB_DATASET, task.name)
     except (OSError, ValueError, RuntimeError) as error:
         raise FiftyfoldError(
-            f"{task.name} could not be fetched from {HUB_DATASET} ({str(error).strip().split(chr(10))[0]}); go online,"
+            f"{task.name} could not be fetched from {HUB_DATASET} ({first_line(error)}); go online,"
             " or give data a folder with the task's files."
         ) from error
     return {split: (rows._fingerprint, partial(_read_hub, rows, task, split)) for split, rows in splits.items()}

@@ -29,10 +29,10 @@ from fiftyfold.datamodules.stateful_loader import (
     plan_training_batches,
     same_every_epoch,
 )
-from fiftyfold.datamodules.text_files import find_sources
-from fiftyfold.datamodules.token_cache import default_cache_folder
+from fiftyfold.datamodules.text_files import TextSource, find_sources
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.pretrained import Objective
+from fiftyfold.user_cache import user_cache_folder
 
 LONGEST_DEFAULT = 512
 """Length of a sequence where none is named, if the tokenizer's model reads as much."""
@@ -103,9 +103,10 @@ class LanguageModelingDataModule(LightningDataModule):
         self.mask_share = mask_share
         self.num_workers = num_workers
         self.seed = seed
-        self.cache_folder = Path(cache_dir) if cache_dir else default_cache_folder()
+        self.cache_folder = Path(cache_dir) if cache_dir else user_cache_folder()
         self._tokenizer = tokenizer
         self._sequence_length = None if sequence_length is None else at_least_one("sequence_length", sequence_length)
+        self._found_sources: dict[str, TextSource] | None = None
         self._documents: dict[str, list[Tokens]] = {}
         self._sequences: dict[str, PackedSequences] = {}
 
@@ -167,21 +168,31 @@ class LanguageModelingDataModule(LightningDataModule):
         Raises:
             FiftyfoldError: if there is no text, or less than one sequence.
         """
-        if self._sequences:
-            return
         sources = self._sources()
-        if "validation" in sources:
-            self._sequences["validation"] = self._pack("validation")
-        if "test" in sources and stage != "fit":
-            self._sequences["test"] = self._pack("test")
-        if "train" in sources and (stage == "fit" or not self._sequences):
-            self._sequences["train"] = self._pack("train")
-            if "validation" not in sources:
-                self._hold_out()
-            if self.limit_train is not None and self.limit_train < len(self._sequences["train"]):
-                self._limit()
-        if stage == "fit" and "train" not in self._sequences:
+        if stage == "fit" and "train" not in sources:
             raise FiftyfoldError(f"{self.data} has no training text; add a file train.txt.")
+        if stage in ("test", "predict") and "test" in sources:
+            self._load("test")
+            return
+        if "validation" in sources:
+            self._load("validation")
+        if stage == "fit" or "validation" not in sources:
+            self._load_train()
+
+    def whole_loader(self, split: str, most: int | None = None) -> StatefulLoader:
+        """Return a loader of a split in whole, nothing of it held out, in its order.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            most: only so many tokens from its beginning, or those of one sequence if they are fewer.
+
+        Raises:
+            FiftyfoldError: if the data have no such split, or it holds less than one sequence.
+        """
+        sequences = self._pack(split)
+        if most is not None:
+            sequences = sequences.part(slice(0, max(1, most // self.sequence_length)))
+        return self._evaluation_loader(sequences, split)
 
     def train_dataloader(self) -> StatefulLoader:
         """Return the loader of the training text."""
@@ -205,18 +216,33 @@ class LanguageModelingDataModule(LightningDataModule):
 
     def val_dataloader(self) -> StatefulLoader:
         """Return the loader of the validation text."""
-        return self._evaluation_loader("validation")
+        return self._evaluation_loader(self._sequences["validation"], "validation")
 
     def test_dataloader(self) -> StatefulLoader:
         """Return the loader of the test text, or of the validation text where there is none."""
-        return self._evaluation_loader("test" if "test" in self._sequences else "validation")
+        split = "test" if "test" in self._sequences else "validation"
+        return self._evaluation_loader(self._sequences[split], split)
 
     def predict_dataloader(self) -> StatefulLoader:
         """Return what :meth:`test_dataloader` returns."""
         return self.test_dataloader()
 
-    def _sources(self) -> dict[str, Any]:
-        return find_sources(self.data, separator=self.document_separator, column=self.text_column)
+    def _sources(self) -> dict[str, TextSource]:
+        if self._found_sources is None:
+            self._found_sources = find_sources(self.data, separator=self.document_separator, column=self.text_column)
+        return self._found_sources
+
+    def _load(self, split: str) -> None:
+        if split not in self._sequences:
+            self._sequences[split] = self._pack(split)
+
+    def _load_train(self) -> None:
+        if "train" in self._sequences:
+            return
+        found = {"train": self._pack("train")}
+        if "validation" not in self._sources():
+            found = self._held_out(found["train"])
+        self._sequences |= {**found, "train": self._limited(found["train"])}
 
     def _tokens(self, split: str) -> list[Tokens]:
         if split not in self._documents:
@@ -245,20 +271,20 @@ class LanguageModelingDataModule(LightningDataModule):
             )
         return sequences
 
-    def _hold_out(self) -> None:
-        whole = self._sequences["train"]
+    def _held_out(self, whole: PackedSequences) -> dict[str, PackedSequences]:
         kept = len(whole) - max(1, round(HELD_OUT_SHARE * len(whole)))
         if kept < 1:
             raise FiftyfoldError(f"{self.data} fills one sequence only and has no validation text; give more text.")
-        self._sequences |= {"train": whole.part(slice(0, kept)), "validation": whole.part(slice(kept, None))}
+        return {"train": whole.part(slice(0, kept)), "validation": whole.part(slice(kept, None))}
 
-    def _limit(self) -> None:
-        whole = self._sequences["train"]
+    def _limited(self, whole: PackedSequences) -> PackedSequences:
+        if self.limit_train is None or self.limit_train >= len(whole):
+            return whole
         chosen = np.random.default_rng(self.seed).permutation(len(whole))[: self.limit_train]
-        self._sequences["train"] = whole.part(np.sort(chosen))
+        return whole.part(np.sort(chosen))
 
-    def _evaluation_loader(self, split: str) -> StatefulLoader:
-        sequences, place = self._sequences[split], place_of(self.trainer)
+    def _evaluation_loader(self, sequences: PackedSequences, split: str) -> StatefulLoader:
+        place = place_of(self.trainer)
         if len(sequences) < place["world_size"]:
             raise FiftyfoldError(
                 f"the {split} text fills {len(sequences)} sequences for {place['world_size']} processes; use fewer "

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from pyarrow import ArrowException
 
 from fiftyfold.datamodules.token_cache import file_digest
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 """File forms that are read, by the end of the file's name."""
@@ -52,7 +52,7 @@ def find_sources(data: str, *, separator: str, column: str) -> dict[str, TextSou
         column: where JSON objects, parquet files and the hub's sets have their text.
 
     Raises:
-        FiftyfoldError: if there is nothing to read.
+        FiftyfoldError: if there is nothing to read, or two files claim one split.
     """
     path = Path(data).expanduser()
     if path.is_file():
@@ -91,7 +91,11 @@ def read_documents(path: Path, *, separator: str, column: str) -> Iterator[str]:
 
 def _find_split(folder: Path, split: str) -> Path | None:
     candidates = [folder / f"{stem}{suffix}" for stem in _STEMS[split] for suffix in SUFFIXES]
-    return next((path for path in candidates if path.is_file()), None)
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise FiftyfoldError(f"{folder} holds {names} for one split; keep the one that is meant.")
+    return found[0] if found else None
 
 
 def _file_source(path: Path, separator: str, column: str) -> TextSource:
@@ -142,9 +146,9 @@ def _hub_sources(data: str, column: str) -> dict[str, TextSource]:
     try:
         splits = datasets.load_dataset(name, configuration or None)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise FiftyfoldError(
-            f"the data set {data!r} cannot be fetched ({reason}); go online, or give a file or folder of your own."
+            f"the data set {data!r} cannot be fetched ({first_line(error)}); go online, or give a file or "
+            "folder of your own."
         ) from error
     sources = {}
     for split, rows in splits.items():

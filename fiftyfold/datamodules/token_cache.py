@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,11 +22,6 @@ from fiftyfold.errors import FiftyfoldError
 
 _FORMAT_VERSION = 1
 _TOKENIZER_BATCH = 1000
-
-
-def default_cache_folder() -> Path:
-    """Return where tokenised data goes: ``fiftyfold`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiftyfold"
 
 
 def file_digest(path: Path) -> str:

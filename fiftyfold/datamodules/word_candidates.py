@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 
 STOP_WORDS = frozenset(
     """
@@ -241,10 +241,9 @@ def _load(auto_class: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     try:
         return auto_class.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise FiftyfoldError(
-            f"No model with a tokenizer could be loaded from {name!r} for augmentation ({reason}); give a folder or a"
-            " hub id."
+            f"No model with a tokenizer could be loaded from {name!r} for augmentation ({first_line(error)});"
+            " give a folder or a hub id."
         ) from error
     finally:
         logging.set_verbosity(verbosity)

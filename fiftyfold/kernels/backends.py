@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,9 @@ class Backend:
 _backends: dict[str, Callable[[], Backend | None]] = {}
 _found: dict[str, Backend | None] = {}
 
+# Two threads that serve requests may both bring the first: what implements an operator is registered once.
+_finding = threading.RLock()
+
 
 def register_backend(device_type: str, find: Callable[[], Backend | None]) -> None:
     """Name what computes on a type of device; replaces what was named before.
@@ -56,12 +60,18 @@ def backend_for(device_type: str) -> Backend | None:
         FiftyfoldError: if what was found implements an operator that another backend implements already.
     """
     if device_type not in _found:
-        find = _backends.get(device_type)
-        backend = None if find is None else find()
-        if backend is not None:
-            _implement(device_type, backend)
-        _found[device_type] = backend
+        with _finding:
+            if device_type not in _found:
+                _found[device_type] = _find(device_type)
     return _found[device_type]
+
+
+def _find(device_type: str) -> Backend | None:
+    find = _backends.get(device_type)
+    backend = None if find is None else find()
+    if backend is not None:
+        _implement(device_type, backend)
+    return backend
 
 
 def _implement(device_type: str, backend: Backend) -> None:

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_replacement import sync
+from fiftyfold.user_cache import user_cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -34,6 +36,7 @@ CACHE_VARIABLE = "FIFTYFOLD_KERNEL_CACHE"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
 _SECONDS = 600
+"""What the compiler may take; it takes some twenty."""
 
 
 def compiler() -> list[str] | None:
@@ -89,7 +92,7 @@ def cache_folder() -> Path:
     """Return the folder of compiled libraries."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fiftyfold"
+    return user_cache_folder()
 
 
 def compile_library(file: Path, command: list[str], flags: tuple[str, ...] = FLAGS) -> None:
@@ -101,30 +104,31 @@ def compile_library(file: Path, command: list[str], flags: tuple[str, ...] = FLA
         flags: for it.
 
     Raises:
-        FiftyfoldError: if the compiler fails.
+        FiftyfoldError: if the compiler fails, or takes more than ten minutes.
     """
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=file.parent) as folder:
         unfinished = Path(folder) / file.name
-        try:
-            done = subprocess.run(
-                [*command, *flags, "-o", str(unfinished), *sources, "-ldl"],
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise FiftyfoldError(f"{command[0]} could not compile the kernels ({error})") from error
+        done = _run([*command, *flags, "-o", str(unfinished), *sources, "-ldl"])
         if done.returncode or not unfinished.exists():
             reason = next((line for line in done.stderr.splitlines() if "error" in line), "it said nothing")
             raise FiftyfoldError(f"{command[0]} could not compile the kernels ({reason.strip()})")
+        sync(unfinished)
         unfinished.replace(file)
 
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return _run([*command, "--version"]).stdout
+
+
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise FiftyfoldError(f"{words[0]} did not end within {_SECONDS} seconds") from error
+    except OSError as error:
+        raise FiftyfoldError(f"{words[0]} could not be started ({error.strerror or error})") from error
 
 
 @contextmanager

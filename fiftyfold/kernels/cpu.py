@@ -112,6 +112,12 @@ def cpu_status() -> Status:
     return Status(library)
 
 
+@functools.cache
+def announce_status() -> None:
+    """Say once, in the log, what computes on the CPU: a warning where it is not the library."""
+    _log.log(logging.INFO if cpu_status().library else logging.WARNING, "%s", describe_status())
+
+
 def describe_status() -> str:
     """Say in one line what computes on the CPU, why, what it costs, and how to get the fast one."""
     status = cpu_status()
@@ -137,10 +143,12 @@ def open_library(file: Path, source: str) -> CpuLibrary:
     """Load a library and give it torch's threads; the operators stay as they are.
 
     Raises:
-        OSError: if the file cannot be loaded.
-        FiftyfoldError: if torch lacks what the library needs.
+        FiftyfoldError: if the file cannot be loaded, or torch lacks what the library needs.
     """
-    functions = ctypes.CDLL(str(file))
+    try:
+        functions = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise FiftyfoldError(f"{file} cannot be loaded ({error}); delete it, and it is compiled anew") from error
     functions.ff_attach.restype = functions.ff_path.restype = functions.ff_supported_path.restype = ctypes.c_char_p
     functions.ff_arranged_bytes.restype = ctypes.c_int64
     sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
@@ -161,7 +169,7 @@ def _torch_library() -> Path:
 
 def _find() -> Backend | None:
     status = cpu_status()
-    _log.log(logging.INFO if status.library else logging.WARNING, "%s", describe_status())
+    announce_status()
     if status.library is None:
         return prepacked.find()
     if status.library.functions.ff_register_operators():

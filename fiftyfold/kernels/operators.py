@@ -120,6 +120,8 @@ def packed_embedding(
 
     Raises:
         IndexError: if a number is not that of a row.
+        RuntimeError: from the library of the CPU, if a row has bytes that packing never writes; a FiftyfoldError
+            elsewhere. :func:`fiftyfold.kernels.packing.check_packed` tells before.
     """
     operator = torch.ops.fiftyfold.unpacked_embedding
     if bits in PACKED_BITS and dtype in FLOAT_TYPES:

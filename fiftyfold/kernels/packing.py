@@ -134,6 +134,17 @@ def unpack_rows(packed: torch.Tensor, bits: int, rows: torch.Tensor, width: int)
     return codes.view(*rows.shape, width)
 
 
+def check_packed(packed: torch.Tensor, bits: int) -> None:
+    """Refuse what :func:`pack_codes` never returns, without unpacking it.
+
+    Raises:
+        FiftyfoldError: if it is no row of bytes in whole units, or a byte of ternary codes stands for none.
+    """
+    _check_bytes(packed, bits)
+    if bits == 2:
+        _check_ternary(packed)
+
+
 def _unit(bits: int) -> tuple[int, int]:
     if bits not in _UNITS:
         raise FiftyfoldError(f"codes of {bits!r} bits cannot be packed; choose one of {_listed(tuple(_UNITS))}.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fiftyfold.kernels.backends import backend_for
-from fiftyfold.kernels.cpu import cpu_status
+from fiftyfold.kernels.cpu import announce_status, cpu_status
 
 _GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -186,6 +186,7 @@ def _native() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     status = cpu_status()
+    announce_status()
     if status.library is None:
         return None
     library = status.library.functions

@@ -105,8 +105,10 @@ def score_documents(
         progress: told how far the work has come.
 
     Raises:
-        FiftyfoldError: if there is nothing to score.
+        FiftyfoldError: if there is nothing to score, or a window has no room for a token and its prediction.
     """
+    if window < 2:
+        raise FiftyfoldError(f"a window of {window} tokens predicts nothing; it takes at least 2.")
     first = torch.tensor([] if first_token is None else [first_token], dtype=torch.int64)
     rows = [torch.cat([first, document]) for document in documents]
     # Neighbours in length share a batch, which pads less.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.modules.config_size import refuse_oversized
 from fiftyfold.modules.packed.layers import PackedLayer
 from fiftyfold.modules.packed.plugin import FiftyfoldQuantizer
@@ -57,10 +57,9 @@ def open_pretrained(
             place, config=config, ignore_mismatched_sizes=other_shapes, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # a configuration can make any part of transformers stumble
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FiftyfoldError(
-            f"the {role} {source!r} cannot be loaded as a transformers {kind} ({reason}); give a folder that "
-            "save_pretrained wrote, or a hub id."
+            f"the {role} {source!r} cannot be loaded as a transformers {kind} ({first_line(error)}); give a "
+            "folder that save_pretrained wrote, or a hub id."
         ) from error
     if isinstance(getattr(model, "hf_quantizer", None), FiftyfoldQuantizer) and not has_packed_layers(model):
         # An export of a model that nothing had quantized; transformers would not change its dtype.

@@ -168,3 +168,45 @@ def test_long_documents_are_cut_after_lines(monkeypatch):
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 10
     assert pieces[0] == "abc\ndefg\n"
+
+
+def test_stages_may_follow_each_other_in_any_order(tmp_path, words):
+    folder = write_text(tmp_path / "data")
+    alone = {stage: module(words, folder, tmp_path) for stage in ("fit", "test")}
+    for stage, data in alone.items():
+        data.setup(stage)
+    expected = [batch["input_ids"].tolist() for batch in alone["test"].test_dataloader()]
+    assert expected != [batch["input_ids"].tolist() for batch in alone["fit"].val_dataloader()]
+    for order in (("fit", "test"), ("validate", "fit", "test"), ("test", "validate", "fit")):
+        data = module(words, folder, tmp_path)
+        for stage in order:
+            data.setup(stage)
+        assert [batch["input_ids"].tolist() for batch in data.test_dataloader()] == expected
+        assert len(data.train_dataloader()) == len(alone["fit"].train_dataloader())
+        assert len(data.val_dataloader()) == len(alone["fit"].val_dataloader())
+
+
+def test_without_validation_text_a_part_of_the_training_text_is_held_out_at_every_stage(tmp_path, words):
+    folder = write_text(tmp_path / "data")
+    (folder / "valid.txt").unlink()
+    data, again = module(words, folder, tmp_path), module(words, folder, tmp_path)
+    data.setup("validate")
+    again.setup("fit")
+    assert len(data.val_dataloader()) == len(again.val_dataloader()) == 1
+    (folder / "train.txt").unlink()
+    with pytest.raises(FiftyfoldError, match="no train text, only test"):
+        module(words, folder, tmp_path).setup("validate")
+
+
+def test_a_split_can_be_read_in_whole(tmp_path, words):
+    data = module(words, write_text(tmp_path / "data"), tmp_path)
+    whole = torch.cat([batch["input_ids"] for batch in data.whole_loader("train")])
+    assert torch.equal(whole.flatten(), data.row("train")[: whole.numel()])
+    assert sum(len(batch["input_ids"]) for batch in data.whole_loader("train", most=17)) == 2
+
+
+def test_two_files_for_one_split_are_refused(tmp_path, words):
+    folder = write_text(tmp_path / "data")
+    (folder / "dev.jsonl").write_text('{"text": "w1 w2"}\n')
+    with pytest.raises(FiftyfoldError, match=r"valid\.txt and dev\.jsonl"):
+        module(words, folder, tmp_path).setup("fit")

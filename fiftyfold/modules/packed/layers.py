@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fiftyfold.kernels.backends import backend_for
 from fiftyfold.kernels.linear import largest_inputs
 from fiftyfold.kernels.operators import arrange_weight, packed_embedding, packed_linear
-from fiftyfold.kernels.packing import packed_bytes, unpack_codes
+from fiftyfold.kernels.packing import check_packed, packed_bytes, unpack_codes
 from fiftyfold.kernels.path import current_path
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS
 from fiftyfold.modules.quantization.quantizers import (
@@ -263,7 +263,12 @@ class PackedEmbedding(PackedLayer):
         self.register_buffer("output_type", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def prepare(self) -> None:
-        """Do now what the first call would do for its device: compile kernels."""
+        """Do now what the first call would do for its device, compile kernels; and look at all rows at once.
+
+        Raises:
+            FiftyfoldError: if the bytes are none that packing writes.
+        """
+        check_packed(self.weight, self.settings.weight.bits)
         backend_for(self.weight.device.type)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.folder_replacement import interrupted_replacement
 from fiftyfold.modules.config_size import refuse_too_many_layers
 from fiftyfold.modules.packed.layers import prepare_layers
@@ -56,7 +56,7 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None, train
     Raises:
         FiftyfoldError: if the folder is absent, incomplete, corrupt, altered or too new, or does not fit ``into``.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     manifest, architecture = read_manifest(path)
     if into is not None:
         fill(into, path, manifest)
@@ -141,5 +141,4 @@ def _from_pretrained(folder: Path, architecture: str) -> PreTrainedModel:
     except FiftyfoldError:
         raise
     except Exception as error:  # a configuration can make any part of transformers stumble
-        reason = str(error).strip().split("\n")[0]
-        raise FiftyfoldError(f"{folder} cannot be opened: {reason}") from error
+        raise FiftyfoldError(f"{folder} cannot be opened: {first_line(error)}") from error

@@ -210,3 +210,11 @@ def test_its_description_names_the_bits():
     _, packed = pair(nn.Linear(8, 4), LayerSettings(WeightSettings(2), ActivationSettings()))
     assert "8, 4" in repr(packed)
     assert "bits=2" in repr(packed)
+
+
+def test_an_embedding_looks_at_all_its_bytes_when_it_is_prepared():
+    _, packed = pair(nn.Embedding(9, 7), LayerSettings(WeightSettings(2, "per_channel")))
+    packed.prepare()
+    packed.weight.data[-1] = 250
+    with pytest.raises(FiftyfoldError, match="ternary codes is 250"):
+        packed.prepare()
