@@ -188,8 +188,13 @@ class StatefulLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the number of its batches already yielded, and the signature."""
-        return {"epoch": self._epoch.number, "batches": self._epoch.batches_done, "signature": dict(self.signature)}
+        """Return the epoch, how many of its batches were yielded already, and of how many, and the signature."""
+        return {
+            "epoch": self._epoch.number,
+            "batches": self._epoch.batches_done,
+            "length": len(self),
+            "signature": dict(self.signature),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch that a former loader yielded.
@@ -199,10 +204,13 @@ class StatefulLoader:
         """
         if not _is_state(state):
             raise FiftyfoldError("the checkpoint's place in the data cannot be read; the checkpoint is corrupt.")
-        if 0 < state["batches"] < len(self):
+        length = state.get("length", len(self))  # older checkpoints do not tell
+        finished = state["batches"] >= max(1, length)
+        if state["batches"] > 0 and not finished:
             self._check_signature(state["signature"])
         self._epoch.number = state["epoch"]
-        self._epoch.batches_done = self._resume_at = state["batches"]
+        # A finished epoch stays one, also where an epoch has more or fewer batches now.
+        self._epoch.batches_done = self._resume_at = len(self) if finished else state["batches"]
 
     def _check_signature(self, saved: dict[str, int | bool]) -> None:
         changed = [
@@ -236,7 +244,8 @@ class StatefulLoader:
 def _is_state(state: object) -> bool:
     if not isinstance(state, dict) or not isinstance(state.get("signature"), dict):
         return False
-    return all(type(state.get(name)) is int and state[name] >= 0 for name in ("epoch", "batches"))
+    counts = [state.get("epoch"), state.get("batches"), state.get("length", 0)]
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 class _Batches(torch.utils.data.Dataset[Batch]):

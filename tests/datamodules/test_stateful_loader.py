@@ -148,4 +148,17 @@ def test_refuses_another_order_in_mid_epoch_only():
     with pytest.raises(FiftyfoldError, match="batch_size 4 instead of 5"):
         loader(batch_size=5).load_state_dict(first.state_dict())
     list(batches)
-    loader(batch_size=5).load_state_dict({**first.state_dict(), "batches": 5})
+    for batch_size in (2, 5, 8):
+        resumed = loader(batch_size=batch_size)
+        resumed.load_state_dict(first.state_dict())
+        assert rows(resumed) == [], "what is finished stays finished"
+
+
+@pytest.mark.parametrize("batch_size", [8, 23])
+def test_a_place_beyond_the_end_of_shorter_epochs_is_refused(batch_size):
+    first = loader(batch_size=4)
+    batches = iter(first)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(FiftyfoldError, match=f"batch_size 4 instead of {batch_size}"):
+        loader(batch_size=batch_size).load_state_dict(first.state_dict())
