@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.moment import When, read_schedule
 from fiftyfold.callbacks.operation_callback import Event, OperationCallback, batch_mask
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.layer_pruning import ImportanceMeter, importance, pruning
@@ -42,7 +42,7 @@ class LayerPruning(OperationCallback):
             raise FiftyfoldError("LayerPruning's schedule says at which moments how many layers go, at least 1 each.")
         if measure_steps < 1:
             raise FiftyfoldError(f"measure_steps must be at least 1, not {measure_steps}.")
-        self.schedule = {Moment.parse(when): drop for when, drop in schedule.items()}
+        self.schedule = read_schedule(schedule, "LayerPruning's schedule")
         self.measure_steps = measure_steps
         self._meter: ImportanceMeter | None = None
         self._restored: torch.Tensor | None = None

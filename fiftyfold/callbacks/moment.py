@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 
@@ -13,6 +15,8 @@ from fiftyfold.errors import FiftyfoldError
 When = int | float | str
 """A whole number: optimizer steps. A number between 0 and 1: a fraction of training.
 Or ``"step:100"``, ``"epoch:3"``, ``"fraction:0.25"``."""
+
+_Value = TypeVar("_Value")
 
 _UNITS = ("step", "epoch", "fraction")
 
@@ -60,6 +64,27 @@ class Moment:
 
     def __str__(self) -> str:
         return f"{self.unit}:{self.amount:g}"
+
+
+def read_schedule(schedule: Mapping[Any, _Value], owner: str) -> dict[Moment, _Value]:
+    """Read what is to begin when, as a user writes it.
+
+    Args:
+        schedule: values by the moments at which they begin.
+        owner: how messages call whom it belongs to.
+
+    Raises:
+        FiftyfoldError: if there is nothing, a key is no moment, or two keys are the same one.
+    """
+    read: dict[Moment, _Value] = {}
+    for when, value in schedule.items():
+        moment = Moment.parse(when)
+        if moment in read:
+            raise FiftyfoldError(f"{owner} names the moment {moment} twice; leave one of the two out.")
+        read[moment] = value
+    if not read:
+        raise FiftyfoldError(f"{owner} names no moment at all; give at least one.")
+    return read
 
 
 def _split(when: When) -> tuple[str, str]:

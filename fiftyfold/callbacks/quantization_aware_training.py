@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.moment import Moment, When, read_schedule
 from fiftyfold.callbacks.operation_callback import Event, OperationCallback, averaged_copies, operation_callbacks
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import is_eligible
@@ -64,7 +64,7 @@ class QuantizationAwareTraining(OperationCallback):
         if isinstance(weight_bits, Mapping):
             if start != 0:
                 raise FiftyfoldError("weight_bits already says when each bit width begins; leave start out.")
-            self.weight_bits = {Moment.parse(when): bits for when, bits in weight_bits.items()}
+            self.weight_bits = read_schedule(weight_bits, "QuantizationAwareTraining(weight_bits=...)")
         else:
             self.weight_bits = {Moment.parse(start): weight_bits}
         self.arguments: QuantizeArguments = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from fiftyfold.callbacks.moment import Moment, When
+from fiftyfold.callbacks.moment import Moment, When, read_schedule
 from fiftyfold.callbacks.operation_callback import Event, OperationCallback
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.targets import Targets
@@ -60,7 +60,7 @@ class TensorNetworkDecomposition(OperationCallback):
                 raise FiftyfoldError(
                     "a bond_dimension that steps down says when each size begins; leave start and keep out."
                 )
-            self.bond_dimension = {Moment.parse(when): size for when, size in bond_dimension.items()}
+            self.bond_dimension = read_schedule(bond_dimension, "TensorNetworkDecomposition(bond_dimension=...)")
         else:
             self.bond_dimension = {Moment.parse(start): bond_dimension}
         for size in self.bond_dimension.values():

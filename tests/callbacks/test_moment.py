@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fiftyfold.callbacks import LayerPruning, QuantizationAwareTraining, TensorNetworkDecomposition
 from fiftyfold.callbacks.moment import Moment
 from fiftyfold.errors import FiftyfoldError
 
@@ -46,3 +47,20 @@ def test_unknown_length(when):
     with pytest.raises(FiftyfoldError, match="no known length"):
         Moment.parse(when).resolve(ENDLESS)
     assert Moment.parse(5).resolve(ENDLESS) == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        QuantizationAwareTraining,
+        lambda schedule: TensorNetworkDecomposition(bond_dimension=schedule),
+        LayerPruning,
+    ],
+    ids=["bits", "bonds", "layers"],
+)
+def test_a_schedule_that_would_lose_a_moment_is_refused(make):
+    for schedule in ({0: 8, "step:0": 4}, {"epoch:1": 2, "epoch:1.0": 1}):
+        with pytest.raises(FiftyfoldError, match=r"the moment (step:0|epoch:1) twice"):
+            make(schedule)
+    with pytest.raises(FiftyfoldError, match=r"no moment at all|leave start and keep out|how many layers go"):
+        make({})
