@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fiftyfold.app.trainer_cli import RECIPES
-from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import quantize, quantize_bitsandbytes, reduce_layers, tensorize
+from fiftyfold.errors import FiftyfoldError, first_line
+from fiftyfold.modules import prune_layers, quantize, quantize_bitsandbytes, reduce_layers, tensorize
+from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.quantization.bitsandbytes_layers import Bits
 from fiftyfold.modules.sizes import Size, model_size
 
@@ -60,7 +61,8 @@ def plan(
 
     Args:
         model: a folder, a hub id, a configuration file, or one that is shipped: compactifai/llama2_7b.
-        recipe: a recipe for `fiftyfold fit`, such as compactifai/size_faithful; its callbacks are what is done.
+        recipe: a recipe for `fiftyfold fit`, such as compactifai/size_faithful; what is done is what its callbacks do,
+            after the layers that its module leaves out.
         layers: which layers to keep.
         keep_layers: how many, with every-other, first or last.
         keep: share of each matrix's numbers that its tensor network keeps.
@@ -125,37 +127,36 @@ def empty_model(source: str) -> PreTrainedModel:
         FiftyfoldError: if there is no such configuration, or transformers does not know its model.
     """
     config = _read_config(source)
-    names = config.architectures or []
-    kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
-    if kind is None:
-        raise FiftyfoldError(f"transformers has no class {names[0]}, which the configuration {source!r} names.")
-    build = kind._from_config if names else kind.from_config
+    name = next(iter(config.architectures or ()), None)
+    kind: Any = transformers.AutoModelForCausalLM if name is None else getattr(transformers, str(name), None)
+    if name is not None and not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise FiftyfoldError(f"transformers has no model {name}, which the configuration {source!r} names.")
+    build = kind.from_config if name is None else kind._from_config
     with torch.device("meta"):
         return build(config)
 
 
 def recipe_steps(recipe: str) -> list[tuple[str, Callable[[nn.Module], object]]]:
-    """Return what the callbacks of a recipe do to a model in the end, in their order.
+    """Return what a recipe does to a model in the end: the layers that its module keeps, then its callbacks in order.
 
     Raises:
-        FiftyfoldError: if the recipe cannot be read, or its callbacks compress nothing.
+        FiftyfoldError: if the recipe cannot be read, compresses nothing, or by what only data can tell.
     """
     path = next((p for p in (Path(recipe), RECIPES / f"{recipe}.yaml") if p.is_file()), None)
     if path is None:
         raise FiftyfoldError(f"there is no recipe {recipe!r}; name a YAML file or a shipped one.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        callbacks = content["trainer"]["callbacks"] or []
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise FiftyfoldError(f"{path} is no recipe with callbacks of a trainer.") from error
     steps = []
-    for callback in callbacks:
-        name, arguments = str(callback["class_path"]).rpartition(".")[2], dict(callback.get("init_args") or {})
+    for name, arguments in _read_recipe(path):
+        if name == "MatrixCompression":
+            raise FiftyfoldError(
+                f"{path} compresses by {name}, whose networks the data choose: its keep is the share of the matrices' "
+                "bytes that they take, and only a run tells more."
+            )
         if name in _STEPS:
             text, step = _STEPS[name]
-            steps.append((text, _bound(step, arguments)))
+            steps.append((text, _bound(name, step, arguments)))
     if not steps:
-        raise FiftyfoldError(f"no callback of {path} compresses anything.")
+        raise FiftyfoldError(f"nothing in {path} compresses anything.")
     return steps
 
 
@@ -186,13 +187,27 @@ def _read_config(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source if path is None else path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FiftyfoldError(f"no configuration can be read from {source!r} ({reason}).") from error
+        raise FiftyfoldError(f"no configuration can be read from {source!r} ({first_line(error)}).") from error
+
+
+def _read_recipe(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the classes of a recipe that may compress, with their arguments."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        callbacks = content["trainer"]["callbacks"] or []
+        found = [(str(each["class_path"]), dict(each.get("init_args") or {})) for each in callbacks]
+        module = dict((content.get("model") or {}).get("init_args") or {})
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FiftyfoldError(f"{path} is no recipe with callbacks of a trainer.") from error
+    named = [(class_path.rpartition(".")[2], arguments) for class_path, arguments in found]
+    if module.get("layers", "all") == "all":
+        return named
+    return [("LayerReduction", {"layers": module["layers"], "keep": module.get("keep")}), *named]
 
 
 def _last(value: Any) -> Any:
-    """Return what a value that steps down by moments comes to."""
-    return list(value.values())[-1] if isinstance(value, Mapping) else value
+    """Return what a value comes to that steps down by moments."""
+    return min(value.values()) if isinstance(value, Mapping) else value
 
 
 def _tensorize(model: nn.Module, arguments: dict[str, Any]) -> None:
@@ -207,14 +222,27 @@ def _reduce(model: nn.Module, arguments: dict[str, Any]) -> None:
     reduce_layers(model, arguments.get("layers", "every-other"), arguments.get("keep"))
 
 
+def _prune(model: nn.Module, arguments: dict[str, Any]) -> None:
+    # Which layers go is measured in training; the size is the same where they are alike.
+    layers = layer_stack(model, find_layer_stack(model))
+    prune_layers(model, sum(arguments["schedule"].values()), [0.0] * len(layers))
+
+
 _STEPS: dict[str, tuple[str, Callable[[nn.Module, dict[str, Any]], None]]] = {
     "TensorNetworkDecomposition": ("tensorized", _tensorize),
     "LayerReduction": ("layers reduced", _reduce),
+    "LayerPruning": ("layers pruned", _prune),
     "QuantizationAwareTraining": ("quantized", _quantize),
 }
 
 
 def _bound(
-    step: Callable[[nn.Module, dict[str, Any]], None], arguments: dict[str, Any]
+    name: str, step: Callable[[nn.Module, dict[str, Any]], None], arguments: dict[str, Any]
 ) -> Callable[[nn.Module], object]:
-    return lambda model: step(model, arguments)
+    def carry_out(model: nn.Module) -> None:
+        try:
+            step(model, arguments)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FiftyfoldError(f"the recipe's {name} cannot be carried out ({error}); mend its init_args.") from error
+
+    return carry_out

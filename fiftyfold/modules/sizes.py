@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fiftyfold.kernels.packing import packed_bytes
 from fiftyfold.modules.packed.skeleton import expected_tensors
 from fiftyfold.modules.quantization.bitsandbytes_layers import BitsandbytesLinear
 from fiftyfold.modules.quantization.layers import QuantizedLayer
@@ -75,7 +76,7 @@ def _layer_size(layer: nn.Module, number_bytes: int) -> tuple[int, float]:
 def _quantized_bytes(shape: tuple[int, int], settings: WeightSettings) -> float:
     numbers = math.prod(shape)
     scales = {"per_tensor": 1, "per_channel": shape[0], "per_group": numbers // (settings.group_size or 1)}
-    return numbers * settings.bits / 8 + scales[settings.granularity] * SCALE_BYTES
+    return packed_bytes(numbers, settings.bits) + scales[settings.granularity] * SCALE_BYTES
 
 
 _LAYERS = (QuantizedLayer, TensorNetworkLayer, BitsandbytesLinear)
