@@ -32,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
-        print("fiftyfold: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except SystemExit as stop:
+        # A Trainer makes an exit with status 1 of Ctrl-C.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         explanation = _explanation(error)
@@ -67,6 +69,11 @@ def _dispatch(words: list[str]) -> int:
 
     auto_cli(commands[name], args=words[1:], as_positional=True, prog=f"fiftyfold {name}")
     return 0
+
+
+def _interrupted() -> int:
+    print("fiftyfold: interrupted", file=sys.stderr)
+    return 130
 
 
 def _own_commands() -> dict[str, Callable[..., object]]:

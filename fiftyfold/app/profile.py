@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from fiftyfold.app.evaluate import longest_window, score_text
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
+from fiftyfold.datamodules.glue import at_least_one
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error, profiled_matrices
@@ -90,6 +92,7 @@ def profile(
         document_separator: what stands between two documents of a .txt file.
         text_column: where JSON objects, parquet files and the hub's sets have their text.
     """
+    at_least_one("tokens", tokens)
     quiet_lightning()
     bonds = list(range(10, 100, 10)) if bond_dimensions is None else bond_dimensions
     for bond in bonds or [0]:
@@ -109,6 +112,7 @@ def profile(
     options = {
         **{"model": model, "data": data, "metric": metric, "bond_dimensions": bonds, "cores": cores, "split": split},
         **{"layers": layers, "tokens": tokens, "window": length},
+        **{"document_separator": document_separator, "text_column": text_column},
     }
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,19 +225,19 @@ def _read_cells(path: Path, options: dict[str, Any]) -> list[Cell]:
         FiftyfoldError: if the file is that of another profile.
     """
     stamp = {"options": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()}
-    content = path.read_text(encoding="utf-8")
-    lines = content[: content.rfind("\n") + 1].splitlines()
-    if not lines:
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
         path.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
         return []
     try:
-        first, *cells = [json.loads(line) for line in lines]
+        first, *cells = [json.loads(line) for line in whole.splitlines()]
         found = [Cell(**cell) for cell in cells]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FiftyfoldError(f"{path} is damaged ({error}); delete it to begin anew.") from error
     if first != stamp:
         raise FiftyfoldError(
             f"{path.parent} holds a profile with other options; name another output folder, or delete that one."
         )
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.truncate(path, len(whole))
     return found

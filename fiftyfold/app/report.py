@@ -15,7 +15,7 @@ def report(folder: str) -> None:
     """Print the table of a compressed folder and draw its picture again.
 
     Args:
-        folder: a folder that `fiftyfold compress` or `fiftyfold quickstart` wrote.
+        folder: a folder that `fiftyfold compress`, `fiftyfold tensorize` or `fiftyfold quickstart` wrote.
     """
     rows, metric = read_rows(Path(folder))
     draw_picture(rows, metric=metric, title=Path(folder).name, path=Path(folder) / PICTURE_FILE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,14 +151,32 @@ def deliver(
     rows, scores = compare(recipe, data, aside)
     rows[1:1] = extra_rows
     metric = data.task.selection_metric
-    _add_to_report(aside, {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]})
+    put_in_place(aside, folder, rows, metric=metric, scores=scores)
+    show(rows, metric, folder)
+    return rows
+
+
+def put_in_place(
+    aside: Path, folder: Path, rows: Sequence[Row], *, metric: str, scores: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Give an exported folder its measurements and its picture, and its name when the disk holds all of it.
+
+    Args:
+        aside: the folder, on the same file system as its place.
+        folder: its place.
+        rows: of its table.
+        metric: the rows' score.
+        scores: all metrics, by the name of what was measured.
+    """
+    path = aside / REPORT_FILE
+    report = json.loads(path.read_text(encoding="utf-8"))
+    report |= {"metric": metric, "scores": scores, "rows": [row.to_json() for row in rows]}
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw_picture(rows, metric=metric, title=folder.name, path=aside / PICTURE_FILE)
     for path in [*aside.iterdir(), aside]:
         sync(path)
     aside.rename(folder)
     sync(folder.parent)
-    show(rows, metric, folder)
-    return rows
 
 
 def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Row], dict[str, dict[str, float]]]:
@@ -241,9 +259,3 @@ def _trained(
 def _optimizer(recipe: Recipe) -> Callable[[Any], torch.optim.Optimizer]:
     # On a CPU the fused AdamW takes a quarter of the time of the default one.
     return lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True)
-
-
-def _add_to_report(folder: Path, entries: dict[str, Any]) -> None:
-    path = folder / REPORT_FILE
-    report = json.loads(path.read_text(encoding="utf-8")) | entries
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -56,19 +56,22 @@ def print_table(rows: Sequence[Row], *, metric: str, title: str, console: Consol
 
 
 def draw_picture(rows: Sequence[Row], *, metric: str, title: str, path: Path) -> None:
-    """Draw score, size and latency of the rows as three bar charts in one PNG file."""
+    """Draw score, size and latency of the rows, as far as they were measured, as bar charts in one PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    sizes = [row.bytes_on_disk and row.bytes_on_disk / 1024 for row in rows]
-    latencies = [row.latency_ms for row in rows]
-    names = [row.model for row in rows]
-    _draw_bars(figure.add_subplot(1, 3, 1), names, [row.score for row in rows], metric, "{:.3f}")
-    _draw_bars(figure.add_subplot(1, 3, 2), names, sizes, "weights on disk (KiB)", "{:,.0f}")
-    _draw_bars(figure.add_subplot(1, 3, 3), names, latencies, "latency (ms a batch)", "{:.1f}")
+    charts: list[tuple[Sequence[float | None], str, str]] = [
+        ([row.score for row in rows], metric, "{:.3f}"),
+        ([row.bytes_on_disk and row.bytes_on_disk / 1024 for row in rows], "weights on disk (KiB)", "{:,.0f}"),
+        ([row.latency_ms for row in rows], "latency (ms a batch)", "{:.1f}"),
+    ]
+    measured = [chart for chart in charts if any(value is not None for value in chart[0])]
+    for place, (values, label, form) in enumerate(measured, start=1):
+        axes = figure.add_subplot(1, len(measured), place)
+        _draw_bars(axes, [row.model for row in rows], values, label, form)
     figure.savefig(path, dpi=120)
 
 

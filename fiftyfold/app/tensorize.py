@@ -13,8 +13,8 @@ import lightning
 import torch
 from transformers import PreTrainedModel
 
-from fiftyfold.app.road import weights_bytes
-from fiftyfold.app.summary import Row, print_table
+from fiftyfold.app.road import put_in_place, show, weights_bytes
+from fiftyfold.app.summary import Row
 from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import LanguageModelingDataModule
@@ -29,12 +29,11 @@ from fiftyfold.modules import (
     tensorize,
 )
 from fiftyfold.modules.packed.contents import round_rest
-from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.pretrained import Objective, load_language_model
 from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linears
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.tensor_network.layers import network_layers
-from fiftyfold.modules.tensor_network.tensorize import Split
+from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
 
 DECOMPOSED = "decomposed"
 """Folder, below the work folder, of the model as it is before it is healed."""
@@ -80,6 +79,8 @@ class TensorizeRecipe:
             raise FiftyfoldError(f"epochs is {self.epochs}, but cannot be negative.")
         if self.core_bits is not None and self.epochs == 0:
             raise FiftyfoldError("core_bits quantizes in training: give epochs of at least 1.")
+        by_weights = self.method == "weights"
+        check_arguments(self.cores if by_weights else 2, 1, self.keep, self.split if by_weights else "even")
         if not self.learning_rate > 0:
             raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
 
@@ -206,12 +207,8 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
             Row("decomposed", decomposed["val/accuracy"]),
             Row("healed, exported", after["val/accuracy"], written.file_bytes, count_numbers(student)),
         ]
-        file = aside / REPORT_FILE
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content |= {"scores": scores | {"exported": after}, "rows": [row.to_json() for row in rows]}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        aside.rename(folder)
-    print_table(rows, metric="accuracy", title=str(folder))
+        put_in_place(aside, folder, rows, metric="accuracy", scores=scores | {"exported": after})
+    show(rows, "accuracy", folder)
     perplexities = [scores["original"], scores["decomposed"], after]
     print("perplexity: " + " → ".join(f"{figures['val/perplexity']:.2f}" for figures in perplexities))
     return rows

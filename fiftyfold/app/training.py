@@ -117,7 +117,7 @@ def train(
         resume_from: a checkpoint of the same run.
 
     Raises:
-        KeyboardInterrupt: if the user stopped the training; the last checkpoint stays in ``work``.
+        SystemExit: if Ctrl-C or a signal stopped the training; the last checkpoint stays in ``work``.
     """
     # At an epoch's end, Lightning's default, the best would come after the last: a run killed between the two, and
     # resumed from the last, has no scores any more to choose the best by.
@@ -143,8 +143,6 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
 

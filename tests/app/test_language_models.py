@@ -57,12 +57,36 @@ def test_evaluate_writes_the_figures(place: Path, capsys: pytest.CaptureFixture[
     assert main(["evaluate", "teacher", "--data", "data", "--output", "one.json"]) == 1
 
 
+def test_a_masked_model_is_scored_on_the_split_that_the_figures_name(place: Path) -> None:
+    from transformers import BertForMaskedLM
+
+    from tests.tiny import tiny_config
+
+    BertForMaskedLM(tiny_config("bert", vocab=50)).save_pretrained(place / "masked")
+    write_word_tokenizer(place / "masked", kind="masked")
+    words = ["evaluate", "masked", "--data", "data/train.txt", "--objective", "masked", "--window", "12"]
+
+    def figures(*more: str) -> dict:
+        Path("figures.json").unlink(missing_ok=True)
+        assert main([*words, *more, "--output", "figures.json"]) == 0
+        return json.loads(Path("figures.json").read_text())
+
+    whole = figures()
+    assert whole["split"] == "train"
+    # 12 documents of 15 words and a separator make 19 sequences of 10 words; of each, 1 or 2 are hidden.
+    assert 19 <= whole["tokens"] <= 38, "all of the file, and not the part that training would hold out"
+    assert whole["stride"] is None
+    assert figures("--limit", "24")["tokens"] <= 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["evaluate", "teacher", "--data", "absent.txt"], "no text at"),
         (["evaluate", "teacher", "--data", "data/train.txt", "--split", "test"], "no test text"),
         (["evaluate", "teacher", "--data", "data", "--window", "50"], "reads at most 40"),
+        (["evaluate", "teacher", "--data", "data", "--limit", "0"], "limit is 0"),
+        (["evaluate", "teacher", "--data", "data", "--way", "documents", "--window", "1"], "predicts nothing"),
         (["evaluate", "teacher", "--data", "data", "--tokenizer", "large"], "60 tokens"),
         (
             ["evaluate", "teacher", "--data", "data", "--objective", "masked"],
@@ -72,12 +96,18 @@ def test_evaluate_writes_the_figures(place: Path, capsys: pytest.CaptureFixture[
         (["plan", "teacher", "--keep", "0"], "between 0 and 1"),
         (["plan", "teacher", "--recipe", "absent"], "no recipe"),
         (["plan", "teacher", "--recipe", "xtc/teacher"], "no recipe with callbacks|compresses anything"),
+        (["plan", "teacher", "--recipe", "compactifai/chosen_by_data"], "MatrixCompression, whose networks the data"),
+        (["plan", "teacher", "--recipe", "odd.yaml"], "no recipe with callbacks"),
+        (["plan", "teacher", "--recipe", "typo.yaml"], "QuantizationAwareTraining cannot be carried out"),
     ],
 )
 def test_what_cannot_be_done_is_said(place: Path, words: list[str], message: str, capsys) -> None:
     import re
 
     write_word_tokenizer(place / "large", size=60)
+    Path("odd.yaml").write_text("trainer: {callbacks: [QuantizationAwareTraining]}")
+    arguments = "{class_path: QuantizationAwareTraining, init_args: {weigth_bits: 1}}"
+    Path("typo.yaml").write_text(f"trainer: {{callbacks: [{arguments}]}}")
     assert main(words) == 1
     assert re.search(message, capsys.readouterr().err)
 
@@ -129,6 +159,32 @@ def test_a_plan_is_what_the_export_weighs(place: Path) -> None:
     assert report.file_bytes - report.part_bytes["header"] == pytest.approx(rows[-1]["gigabytes"] * 1e9, rel=0.02)
 
 
+def test_a_plan_counts_ternary_weights_as_they_are_packed(place: Path) -> None:
+    from fiftyfold.modules import quantize
+
+    rows = plan_rows("teacher", "--weight_bits", "2")
+    model = AutoModelForCausalLM.from_pretrained("teacher")
+    quantize(model, weight_bits=2)
+    report = fiftyfold.export(model, "out")
+    assert report.file_bytes - report.part_bytes["header"] == pytest.approx(rows[-1]["gigabytes"] * 1e9, rel=0.01)
+
+
+def test_a_plan_leaves_out_the_layers_that_a_recipe_leaves_out(place: Path) -> None:
+    recipe = """
+        model: {class_path: DistillationModule, init_args: {teacher: t, layers: first, keep: 4}}
+        trainer:
+          callbacks:
+            - {class_path: LayerPruning, init_args: {schedule: {"epoch:1": 1, "epoch:2": 1}}}
+            - {class_path: QuantizationAwareTraining, init_args: {weight_bits: {"fraction:0.5": 1, 0: 8}}}
+    """
+    Path("recipe.yaml").write_text(recipe)
+    rows = plan_rows("teacher", "--recipe", "recipe.yaml")
+    assert [row["model"] for row in rows[4:]] == ["layers reduced", "layers pruned", "quantized"]
+    by_hand = plan_rows("teacher", "--layers", "first", "--keep_layers", "2", "--weight_bits", "1")
+    assert rows[-1]["parameters"] == by_hand[-1]["parameters"]
+    assert rows[-1]["gigabytes"] == by_hand[-1]["gigabytes"]
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "output_error"])
 def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, monkeypatch) -> None:
     from fiftyfold.app import profile
@@ -166,6 +222,29 @@ def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, mo
     assert main(words) == 0
     assert json.loads(Path("part/profile.json").read_text()) == whole
     assert main([*words[:-1], "60"]) == 1, "other options"
+    assert main([*words, "--document_separator", "w1"]) == 1, "other documents"
+    assert main([*words[:-1], "0"]) == 1, "no text"
+
+
+def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, monkeypatch) -> None:
+    from dataclasses import asdict
+
+    from fiftyfold.app.profile import Cell, _read_cells
+
+    file, cell = tmp_path / "cells.jsonl", Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
+    file.touch()
+    assert _read_cells(file, {"tokens": 1}) == []
+    with file.open("a") as cells:
+        cells.write(json.dumps(asdict(cell)) + '\n{"layer": "model.la')
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a kill here would lose all cells")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert _read_cells(file, {"tokens": 1}) == [cell]
+    assert file.read_bytes().endswith(b"}\n")
+    with pytest.raises(fiftyfold.FiftyfoldError, match="other options"):
+        _read_cells(file, {"tokens": 2})
 
 
 def test_profiling_leaves_the_model_as_it_was() -> None:
@@ -208,6 +287,8 @@ def test_a_language_model_in_one_line(place: Path, more: tuple[str, ...], capsys
     assert "perplexity:" in capsys.readouterr().out
     report = json.loads(Path("small/fiftyfold_report.json").read_text())
     assert set(report["scores"]) == {"original", "decomposed", "exported"}
+    assert Path("small/fiftyfold_report.png").stat().st_size > 5000
+    assert main(["report", "small"]) == 0
     assert Path("small/model.safetensors").stat().st_size < Path("teacher/model.safetensors").stat().st_size / 3
     assert not Path("small.work").exists()
     model = AutoModelForCausalLM.from_pretrained("small")
@@ -242,6 +323,34 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatc
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_a_run_that_was_cut_before_its_first_checkpoint_draws_the_same_numbers(place: Path, monkeypatch) -> None:
+    from safetensors.torch import load_file
+    from transformers import BertForMaskedLM
+
+    from fiftyfold.modules.healing_module import HealingModule
+    from tests.tiny import tiny_config
+
+    BertForMaskedLM(tiny_config("bert", layers=2, vocab=50)).save_pretrained(place / "masked")
+    write_word_tokenizer(place / "masked", kind="masked")
+    more = ("--objective", "masked", "--keep", "0.6", "--limit_train", "8")
+    words = ["tensorize", "masked", *tensorize_words(*more)[2:]]
+    assert main(words) == 0
+    whole = load_file("small/model.safetensors")
+    Path("small").rename("whole")
+
+    def cut(module, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingModule, "training_losses", cut)
+        assert main(words) == 130
+    assert Path("small.work/decomposed").is_dir()
+    assert not Path("small.work/last.ckpt").exists()
+    assert main(words) == 0
+    for name, tensor in load_file("small/model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
+
+
 def test_impossible_orders_are_refused_before_anything_is_written(place: Path, capsys) -> None:
     for more, message in (
         (("--keep", "1.5"), "between 0 and 1"),
@@ -249,6 +358,7 @@ def test_impossible_orders_are_refused_before_anything_is_written(place: Path, c
         (("--epochs", "0", "--core_bits", "8"), "core_bits"),
         (("--method", "weights", "--cores", "1"), "cores"),
         (("--sequence_length", "41"), "reads at most 40"),
+        (("--keep", ".nan"), "between 0 and 1"),
     ):
         assert main(tensorize_words(*more)) == 1
         assert message in capsys.readouterr().err
