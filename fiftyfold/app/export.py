@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from fiftyfold.app.remembered import first_line, read_checkpoint
+from fiftyfold.app.remembered import read_checkpoint
 from fiftyfold.app.training import claim_output
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.datamodules.glue import load_tokenizer
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.folder_replacement import replaced_folder
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 from fiftyfold.modules import export as export_folder
@@ -50,7 +51,8 @@ def export(
         student: the same for the folder that the student began from.
         model: the same for the folder that a fine-tuning began from.
     """
-    claim_output(Path(output))
+    target = Path(output).expanduser().resolve()
+    claim_output(target)
     hyperparameters = _hyperparameters(Path(checkpoint))
     kind = _module_class(hyperparameters)
     moved = {"teacher": teacher, "student": student, "model": model}
@@ -71,10 +73,10 @@ def export(
     if rest_bits is not None:
         quantize_bitsandbytes(trained, rest_bits, targets="." if rest_targets is None else rest_targets)
     if needs_plug_in(trained):
-        report = export_folder(trained, output, tokenizer=words, rest_dtype=rest_dtype)
+        report = export_folder(trained, target, tokenizer=words, rest_dtype=rest_dtype)
         print(json.dumps(report.to_json(), indent=2))
     else:
-        with replaced_folder(Path(output).expanduser().resolve()) as aside:
+        with replaced_folder(target) as aside:
             trained.to(getattr(torch, rest_dtype)).save_pretrained(aside)
             words.save_pretrained(aside)
         print(f"{output}: a plain folder of transformers in {rest_dtype}; no weight is quantized or tensorized")
@@ -104,8 +106,9 @@ def _hyperparameters(path: Path) -> dict[str, Any]:
     return found
 
 
-def _load_tokenizer(source: str) -> Any:
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer as training had it, with a padding token."""
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(source)
+    except FiftyfoldError as error:
         raise FiftyfoldError(f"no tokenizer can be read from {source!r}; name one with --tokenizer.") from error

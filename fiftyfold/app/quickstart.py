@@ -30,7 +30,7 @@ def quickstart(*, output: str | None = None, seed: int = 42) -> None:
         output: folder to write; by default quickstart-1 (or the next free number) in the current directory.
         seed: seed of the generated task and of all training.
     """
-    folder = _free_folder() if output is None else Path(output)
+    folder = _free_folder() if output is None else Path(output).expanduser()
     claim_output(folder)
     quiet_lightning()
     recipe = Recipe(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from fiftyfold.app.main import main
 from fiftyfold.modules import DistillationModule
@@ -62,3 +63,25 @@ def test_a_teacher_that_moved_is_named(place: Path, capsys: pytest.CaptureFixtur
     assert main(["export", checkpoint, "packed", "--teacher", "elsewhere"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(place / "packed")
     assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_a_folder_below_the_home_folder_is_not_replaced(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(place / "home"))
+    (place / "home" / "mine").mkdir(parents=True)
+    (place / "home" / "mine" / "letter.txt").write_text("dear")
+    checkpoint = trained(place, *FINE_TUNING)
+    assert main(["export", checkpoint, "~/mine"]) == 1
+    assert "already holds something" in capsys.readouterr().err
+    assert (place / "home" / "mine" / "letter.txt").read_text() == "dear"
+    assert main(["export", checkpoint, "~/new"]) == 0
+    assert (place / "home" / "new" / "config.json").is_file()
+
+
+def test_a_tokenizer_without_padding_is_written_as_training_had_it(tmp_path: Path) -> None:
+    from fiftyfold.app.export import _load_tokenizer
+
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "word": 1}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path)
+    assert _load_tokenizer(str(tmp_path)).pad_token == "<end>"
