@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
-from fiftyfold.app.remembered import first_line, read_checkpoint, remembered_model
+from fiftyfold.app.remembered import read_checkpoint, remembered_model
 from fiftyfold.app.typed_settings import TypedSettings
 
 # Imported so that recipes can name these classes without their modules.
@@ -29,8 +29,9 @@ from fiftyfold.callbacks import (
     StopOnSignal,
     TensorNetworkDecomposition,
 )
+from fiftyfold.callbacks.operation_callback import OperationCallback
 from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
 
@@ -56,6 +57,9 @@ ADDRESSABLE = (
 )
 """Classes that a recipe names by their bare class name."""
 
+_COMPRESSING = {kind.__name__ for kind in ADDRESSABLE if issubclass(kind, OperationCallback)}
+_RECIPE_OPTIONS = ("-c", "--config")
+
 
 class TrainerCLI(LightningCLI):
     """LightningCLI in which what is typed wins over what a checkpoint remembers, and which keeps random states."""
@@ -72,6 +76,7 @@ class TrainerCLI(LightningCLI):
             super().parse_arguments(parser, [command, *remembered, *words])
         except (OSError, ValueError, RecursionError) as error:  # what is wrong with values exits with status 2
             raise FiftyfoldError(f"the command line or its recipe cannot be read: {first_line(error)}") from error
+        _refuse_lost_callbacks(words, self.config)
         self._resumes = _last_option(words, "ckpt_path") is not None
         self._differs = self._resumes and _model_of(self.config) != _model_of(
             parser.parse_args([command, *words, *remembered])
@@ -165,14 +170,19 @@ def _remembered_words(command: str, words: Sequence[str]) -> list[str]:
 def _last_option(words: Sequence[str], name: str) -> Any:
     """Return the value that an option has in the end, of the command line and the recipes that it names."""
     found = None
-    for place, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        value = value if equals else next(iter(words[place + 1 :]), "")
+    for option, value in _options(words):
         if option == f"--{name}":
             found = value
-        elif option in ("-c", "--config"):
+        elif option in _RECIPE_OPTIONS:
             found = _recipe_entry(Path(value), name) or found
     return found
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield every word that may be an option, with what would be its value."""
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        yield option, value if equals else next(iter(words[place + 1 :]), "")
 
 
 def _recipe_entry(path: Path, name: str) -> Any:
@@ -183,6 +193,27 @@ def _recipe_entry(path: Path, name: str) -> Any:
     return content.get(name) if isinstance(content, dict) else None
 
 
+def _refuse_lost_callbacks(words: Sequence[str], config: Any) -> None:
+    """Refuse a list of callbacks that takes the place of a recipe's compressing ones: lists do not add up."""
+    trainer = config[config.subcommand].get("trainer") or {}
+    have = _class_names(trainer.get("callbacks"))
+    for option, value in _options(words):
+        recipe = _recipe_entry(Path(value), "trainer") if option in _RECIPE_OPTIONS else None
+        named = _class_names(recipe.get("callbacks")) if isinstance(recipe, dict) else []
+        if lost := [name for name in named if name in _COMPRESSING and name not in have]:
+            raise FiftyfoldError(
+                f"{value} names {lost[0]}, but the list of callbacks of a later recipe or --trainer takes its place; "
+                f"repeat it after that with --trainer.callbacks+={lost[0]}, or take it out of {value}."
+            )
+
+
+def _class_names(callbacks: Any) -> list[str]:
+    """Return the bare class names in a list of callbacks, as a recipe or the parsed configuration writes it."""
+    entries = callbacks if isinstance(callbacks, list) else []
+    paths = [each.get("class_path") if hasattr(each, "get") else each for each in entries]
+    return [str(path).rpartition(".")[2] for path in paths]
+
+
 def _model_of(config: Any) -> Any:
     return config[config.subcommand].get("model")
 
@@ -191,6 +222,6 @@ def _shipped_recipe(word: str) -> str:
     """Return the path of the recipe that a word such as ``xtc/w1a8`` names, or the word as it is."""
     option, equals, name = word.rpartition("=")
     path = RECIPES / f"{name}.yaml"
-    if option not in ("", "-c", "--config") or "/" not in name or Path(name).exists() or not path.is_file():
+    if option not in ("", *_RECIPE_OPTIONS) or "/" not in name or Path(name).exists() or not path.is_file():
         return word
     return f"{option}{equals}{path}"

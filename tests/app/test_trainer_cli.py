@@ -8,7 +8,7 @@ import yaml
 
 import fiftyfold
 from fiftyfold.app.main import main
-from fiftyfold.app.trainer_cli import RECIPES
+from fiftyfold.app.trainer_cli import RECIPES, parse_trainer_command
 from fiftyfold.callbacks.random_states import CHECKPOINT_KEY
 
 XTC_RECIPES = sorted((RECIPES / "xtc").glob("*.yaml"))
@@ -99,3 +99,16 @@ def test_every_recipe_runs(recipe: Path, place: Path) -> None:
     assert (
         main(["fit", "--config", f"xtc/{recipe.stem}", *words, *limits, "--trainer.default_root_dir", str(place)]) == 0
     )
+
+
+def test_a_trainers_file_does_not_take_a_recipes_compression_away(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "xtc/w1a8", "--trainer", "trainer/many_nodes"]
+    assert main(words) == 1
+    assert "names QuantizationAwareTraining, but the list of callbacks" in capsys.readouterr().err
+    again = ["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.weight_bits=1"]
+    trainer = parse_trainer_command([*words, *again]).fit.trainer
+    assert trainer.num_nodes == 2
+    assert trainer.callbacks[-1].class_path.endswith(".QuantizationAwareTraining")
+    assert trainer.callbacks[-1].init_args.weight_bits == 1
+    folders = [callback.init_args.get("dirpath") for callback in trainer.callbacks if callback.get("init_args")]
+    assert "checkpoints" in folders
