@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.measure import Measurement as Width
 from rich.progress import Progress
 from rich.table import Table
 
@@ -128,6 +129,9 @@ def show(measurements: Sequence[Measurement], left_out: Sequence[LeftOut], title
         weights = f"{row.weight_bytes / 2**20:.1f} MiB"
         table.add_row(row.model, weights, *times, f"{max(row.tokens_per_second.values()):,.0f}")
     console = Console()
+    # Where no terminal tells its width, rich takes 80 columns, and would cut the figures to fit.
+    wanted = Width.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, wanted)
     console.print(table)
     for absent in left_out:
         console.print(f"{absent.name} is left out: {absent.reason}", highlight=False, soft_wrap=True)

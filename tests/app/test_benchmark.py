@@ -9,6 +9,7 @@ from transformers import BertForSequenceClassification
 
 import fiftyfold
 from fiftyfold.app import contenders, latency
+from fiftyfold.app.benchmark import Measurement, show
 from fiftyfold.app.contenders import Contender, LeftOut, build_contenders, resident_bytes
 from fiftyfold.app.main import main
 from fiftyfold.modules import quantize
@@ -49,6 +50,16 @@ def test_a_table_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert bytes_of["fiftyfold"] < bytes_of["bfloat16"] < bytes_of["teacher"]
     assert [absent["name"] for absent in figures["left_out"]] == ["onnxruntime int8"]
     assert max(len(line) for line in printed.splitlines()) <= 100
+
+
+def test_figures_are_never_cut_to_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shapes = {"1x8": 123.45, "8x128": 2223.44, "32x512": 182608.9}
+    rows = [Measurement(name, 2**28, shapes, dict.fromkeys(shapes, 1.0)) for name in ("dense float32", "fiftyfold")]
+    show(rows, [], title="small, cpu, 1 threads")
+    printed = capsys.readouterr().out
+    assert "182608.90 (1.0x)" in printed
+    assert "…" not in printed
 
 
 def test_without_a_teacher_the_model_itself_is_dense(folder: Path) -> None:

@@ -299,17 +299,6 @@ def remove_quantization(model: nn.Module) -> None:
             module.__class__ = _DENSE[type(module)]  # type: ignore[assignment]
 
 
-def leave_fused_paths(model: nn.Module) -> None:
-    """Keep torch's encoder layers from computing with the latent weights of quantized layers inside them.
-
-    In evaluation, ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to one fused operation and
-    never calls the layers; without the mark for a known activation function it calls them.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and any(True for _ in quantized_layers(layer)):
-            layer.activation_relu_or_gelu = 0
-
-
 def codes_and_scale(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the int8 codes (outputs or rows, inputs) and float16 scales that a quantized layer computes with."""
     return quantize_weight(layer.canonical_weight(), layer._active_settings().weight)

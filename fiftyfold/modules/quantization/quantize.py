@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.layers import activate, check_settings, deactivate, install, leave_fused_paths
+from fiftyfold.modules.quantization.layers import QuantizedLayer, activate, check_settings, deactivate, install
 from fiftyfold.modules.quantization.settings import (
     ActivationRange,
     ActivationSettings,
@@ -18,6 +18,7 @@ from fiftyfold.modules.quantization.settings import (
 )
 from fiftyfold.modules.quantization.targets import Targets, find_targets, named_layers, share_weight
 from fiftyfold.modules.structure import Operation, apply_operation, register_operation
+from fiftyfold.modules.surgery import leave_fused_paths
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding
 
 
@@ -192,7 +193,7 @@ def _replay(model: nn.Module, operation: Operation) -> None:
         if name not in layers:
             raise FiftyfoldError(f"the log quantizes {name!r}, which {type(model).__name__} does not have.")
         activate(layers[name], settings)
-    leave_fused_paths(model)
+    leave_fused_paths(model, QuantizedLayer)
 
 
 def _undo(model: nn.Module, operation: Operation) -> None:
