@@ -126,10 +126,10 @@ def run_cell(cell: str, model: str, data: str, work: Path) -> dict[str, Any]:
 
 
 def remeasure(work: Path) -> None:
-    """Score and time every student beside its teacher, on a machine that does nothing else."""
+    """Score and time every student whose folder is still there beside its teacher, on a machine that is idle."""
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in result:
+        if "rows" in result and (work / result["cell"]).is_dir():
             recipe = Recipe(**result["recipe"])
             rows, _ = compare(recipe, build_data(recipe), work / result["cell"])
             result |= {"rows": [row.to_json() for row in rows], "latency_threads": torch.get_num_threads()}

@@ -1,0 +1,190 @@
+"""The models of the missing experiment: what text calibrates, heals and scores them, and how long they heal."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import lightning
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fiftyfold.app.training import score
+from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
+from fiftyfold.modules import DistillationModule, FineTuningModule, heal
+from fiftyfold.modules.fine_tuning import load_teacher
+from fiftyfold.modules.perplexity import score_documents, score_row
+from fiftyfold.modules.tensor_network.moments import Batch
+
+
+class StudiedModel(Protocol):
+    """A model with its text: what calibrates and heals is apart from what is scored."""
+
+    teacher: PreTrainedModel
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What every method is given."""
+
+    def calibration(self, seed: int) -> Sequence[Batch]:
+        """Return the seed's calibration batches."""
+
+    def heal(self, student: PreTrainedModel, seed: int) -> float:
+        """Let what asks for gradients follow the teacher; return the mean of the last losses."""
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return figures on the held-out text by name."""
+
+
+@dataclass(frozen=True)
+class TextBudget:
+    """What each method is given on a language model."""
+
+    sequence: int = 128
+    calibration_sequences: int = 64
+    steps: int = 60
+    block_steps: int = 30
+    batch_size: int = 8
+    learning_rate: float = 6e-3
+
+
+class StudiedLanguageModel:
+    """A causal language model that heals block by block, then end to end.
+
+    Args:
+        folder: the model's.
+        data: text, as LanguageModelingDataModule takes it.
+        cache: where its tokens are kept.
+        budget: what each method is given.
+        stories: whether the text is separate stories, each scored on its own, and not one long row.
+    """
+
+    def __init__(self, folder: str, data: str, cache: str | None, budget: TextBudget, *, stories: bool) -> None:
+        self.teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+        self._budget, self._stories = budget, stories
+        text = LanguageModelingDataModule(
+            folder, data, sequence_length=budget.sequence, cache_dir=cache, limit_train=None
+        )
+        if stories:
+            documents = text.documents("train")
+            # The first stories are easier than the others.
+            self._scored = documents[1700::10]
+            row = torch.cat([torch.cat([torch.tensor([1]), story]) for story in documents[100:1700]])
+        else:
+            self._scored = [text.row("test")[:25_000]]
+            row = text.row("train")
+        length = budget.sequence
+        self._sequences = row[: len(row) // length * length].view(-1, length)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What every method is given."""
+        return asdict(self._budget)
+
+    def calibration(self, seed: int) -> Sequence[Tensor]:
+        """Return the seed's calibration sequences, eight a batch."""
+        return self._shuffled(2000 + seed)[: self._budget.calibration_sequences].split(8)
+
+    def heal(self, student: PreTrainedModel, seed: int) -> float:
+        """Let what asks for gradients follow the teacher; return the mean of the last ten losses."""
+        losses = heal(
+            student,
+            self.teacher,
+            self._shuffled(1000 + seed),
+            steps=self._budget.steps,
+            block_steps=self._budget.block_steps,
+            batch_size=self._budget.batch_size,
+            learning_rate=self._budget.learning_rate,
+            seed=seed,
+        )
+        return statistics.fmean(losses[-10:])
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Score the held-out text: a story on its own, or a row in windows of 256 that overlap by half."""
+        if self._stories:
+            return score_documents(model, self._scored, first_token=1, window=512).to_json()
+        return score_row(model, self._scored[0], window=256, stride=128).to_json()
+
+    def _shuffled(self, seed: int) -> Tensor:
+        order = torch.randperm(len(self._sequences), generator=torch.Generator().manual_seed(seed))
+        return self._sequences[order]
+
+
+@dataclass(frozen=True)
+class ClassifierBudget:
+    """What each method is given on a classifier."""
+
+    task: str = "stsb"
+    calibration_batches: int = 32
+    steps: int = 60
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+
+
+class StudiedClassifier:
+    """A model fine-tuned on a GLUE task that heals by one-stage distillation, without labels.
+
+    Args:
+        folder: the fine-tuned model's.
+        data: GLUE's folder.
+        cache: where its tokens are kept.
+        budget: what each method is given.
+    """
+
+    def __init__(self, folder: str, data: str, cache: str | None, budget: ClassifierBudget) -> None:
+        self.teacher: PreTrainedModel = load_teacher(folder).eval().requires_grad_(False)
+        self._folder, self._data, self._cache, self._budget = folder, data, cache, budget
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What every method is given."""
+        return asdict(self._budget)
+
+    def calibration(self, seed: int) -> Sequence[Batch]:
+        """Return the first batches of the seed's training order."""
+        data = self._sentences(2000 + seed)
+        data.prepare_data()
+        data.setup("fit")
+        return list(itertools.islice(data.train_dataloader(), self._budget.calibration_batches))
+
+    def heal(self, student: PreTrainedModel, seed: int) -> float:
+        """Let what asks for gradients follow the teacher; return the last loss."""
+        lightning.seed_everything(seed, verbose=False)
+        module = DistillationModule(
+            self.teacher,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=self._budget.learning_rate, fused=True),
+            weight_decay=0.0,
+        )
+        module.student = student.train()
+        trainer = lightning.Trainer(
+            max_steps=self._budget.steps,
+            devices=1,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, datamodule=self._sentences(1000 + seed))
+        return float(trainer.callback_metrics["train/loss"])
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the task's metrics on the development set."""
+        scores = score(FineTuningModule(model), self._sentences(0))
+        return {name.removeprefix("val/"): value for name, value in scores.items()}
+
+    def _sentences(self, seed: int) -> GLUEDataModule:
+        return GLUEDataModule(
+            self._budget.task,
+            self._folder,
+            self._data,
+            batch_size=self._budget.batch_size,
+            group_by_length=True,
+            seed=seed,
+            cache_dir=self._cache,
+        )
