@@ -46,9 +46,11 @@ FIGURES = {"stories": ("nats", "accuracy"), "decoder": ("nats", "accuracy"), "mi
 """What the tables show of each model's scores: the first with its spread, the second in brackets."""
 
 MODELS: dict[str, Callable[[str, str, str | None], StudiedModel]] = {
-    "stories": lambda *source: StudiedLanguageModel(*source, TextBudget(), stories=True),
-    "decoder": lambda *source: StudiedLanguageModel(*source, TextBudget(steps=40, block_steps=20), stories=False),
-    "minilm": lambda *source: StudiedClassifier(*source, ClassifierBudget()),
+    "stories": lambda folder, data, cache: StudiedLanguageModel(folder, data, cache, TextBudget(), stories=True),
+    "decoder": lambda folder, data, cache: StudiedLanguageModel(
+        folder, data, cache, TextBudget(steps=40, block_steps=20), stories=False
+    ),
+    "minilm": lambda folder, data, cache: StudiedClassifier(folder, data, cache, ClassifierBudget()),
 }
 
 

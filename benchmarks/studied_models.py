@@ -87,7 +87,8 @@ class StudiedLanguageModel:
 
     def calibration(self, seed: int) -> Sequence[Tensor]:
         """Return the seed's calibration sequences, eight a batch."""
-        return self._shuffled(2000 + seed)[: self._budget.calibration_sequences].split(8)
+        chosen = self._shuffled(2000 + seed)[: self._budget.calibration_sequences]
+        return [chosen[start : start + 8] for start in range(0, len(chosen), 8)]
 
     def heal(self, student: PreTrainedModel, seed: int) -> float:
         """Let what asks for gradients follow the teacher; return the mean of the last ten losses."""
