@@ -33,4 +33,19 @@ def test_slow_models_get_fewer_rounds(monkeypatch) -> None:
     monkeypatch.setattr(latency, "LONGEST_SECONDS", 0.0)
     model = Sleeper(0.001)
     latency.measure_latency({"model": model}, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
-    assert len(model.rows) == latency.WARM_UP_ROUNDS + 1
+    assert len(model.rows) == latency.WARM_UP_ROUNDS + 2
+
+
+def test_what_the_model_before_has_left_behind_is_not_timed(monkeypatch) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+    last: list[nn.Module] = []
+
+    class Cold(Sleeper):
+        def forward(self, input_ids: torch.Tensor) -> None:
+            if last != [self]:
+                super().forward(input_ids)
+            last[:] = [self]
+
+    models = {"first": Cold(0.02), "second": Cold(0.02)}
+    result = latency.measure_latency(models, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+    assert max(result.values()) < 10
