@@ -235,6 +235,9 @@ def augment_file(
         return _take_finished(output, manifest, settings, len(rows))
     part = output.with_name(output.name + ".part")
     with _claimed(part, output):
+        if output.exists():  # another run has ended between the look above and the lock
+            part.unlink()
+            return _take_finished(output, manifest, settings, len(rows))
         start, written = _take_part(part, manifest, settings)
         augmenter.learn_words([text for texts in rows.texts for text in texts])
         lines = _lines(rows, definition, augmenter, number=number, seed=seed, start=start)

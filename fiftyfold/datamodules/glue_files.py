@@ -158,6 +158,9 @@ def rows_from_records(
     label_column = next((name for name in task.label_columns if name in columns), None)
     if label_column is None and labelled:
         _pick_column(task.label_columns, columns, source, task)
+    for name in (*text_columns, label_column):
+        if name is not None and columns.count(name) > 1:
+            raise FiftyfoldError(f"{source} has two columns {name!r}; rename the one that is not meant.")
     texts: tuple[list[str], ...] = tuple([] for _ in text_columns)
     raw_labels: list[tuple[int, Any]] = []
     for line, record in records:

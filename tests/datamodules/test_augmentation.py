@@ -275,6 +275,20 @@ class TestResume:
         augment_file(output=tmp_path / "out.jsonl", **arguments)
         assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
+    def test_a_run_that_has_just_ended_is_not_repeated(self, tmp_path, arguments, monkeypatch):
+        output, lock, ended = tmp_path / "out.jsonl", augmentation.sole_writer, []
+
+        def late(path, what):
+            if not ended:
+                ended.append(1)
+                augment_file(output=output, **arguments)
+            return lock(path, what)
+
+        monkeypatch.setattr(augmentation, "sole_writer", late)
+        assert augment_file(output=output, **arguments).cached
+        assert augment_file(output=output, **arguments).cached, "its manifest is the one that tells so"
+        assert not (tmp_path / "out.jsonl.part").exists()
+
 
 def test_masked_model_in_a_file_run(tmp_path, source, model_folder, monkeypatch):
     reports = [

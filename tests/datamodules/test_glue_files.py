@@ -249,3 +249,9 @@ def test_sixteen_shot_files_read_whole(shared_data, name):
         assert len(rows) == (32 if task.is_regression else 16 * task.num_labels)
         if not task.is_regression:
             assert all(rows.labels.count(label) == 16 for label in range(task.num_labels))
+
+
+@pytest.mark.parametrize("head", ["sentence\tlabel\tlabel", "sentence\tsentence\tlabel"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, head):
+    with pytest.raises(FiftyfoldError, match=r"two columns '(label|sentence)'"):
+        read_file(write(tmp_path / "train.tsv", f"{head}\na\t0\t1\n"), SST2)
