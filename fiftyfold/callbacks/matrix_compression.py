@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
 from fiftyfold.callbacks.calibration_loader import undisturbed
 from fiftyfold.callbacks.moment import Moment, When
@@ -116,11 +117,11 @@ class MatrixCompression(OperationCallback):
         self._found = _demand(trainer.strategy.broadcast(outcome))
         return self._found[1].operation(trainer.global_step, self._found[0])
 
-    def give_values(self, root: nn.Module) -> None:
+    def give_values(self, root: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         """Fill the networks."""
         assert self._found is not None
         part, compression = self._found
-        compression.give_values(_part(root, part))
+        compression.give_values(_part(root, part), optimizers)
 
     def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
         """Count the layers, and compare their bytes with those of their matrices."""

@@ -6,7 +6,7 @@ import itertools
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fiftyfold.callbacks.loop_progress import mend_epoch_count
@@ -92,8 +93,13 @@ class OperationCallback(Callback, ABC):
     def describe(self, operation: Operation, root: nn.Module) -> str:
         """Say in one line what was done."""
 
-    def give_values(self, root: nn.Module) -> None:
-        """Fill what the operation just planned has created in ``root`` with values that its log entry does not hold."""
+    def give_values(self, root: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Fill what the operation just planned has created in ``root`` with values that its log entry does not hold.
+
+        Args:
+            root: what the operation changed, or an averaged copy of it.
+            optimizers: that train ``root``.
+        """
 
     def layers_after(self, event: Event, total: int) -> int:  # noqa: ARG002
         """Return how many layers ``event`` leaves of ``total``.
@@ -226,7 +232,7 @@ class OperationCallback(Callback, ABC):
         before = _tensors(pl_module)
         operation = {**self.plan(event, root, trainer), "by": event.name}
         apply_operation(root, operation, trainer.optimizers)
-        self.give_values(root)
+        self.give_values(root, trainer.optimizers)
         for copy in averaged_copies(trainer):
             replay(compression_root(copy), structure_log(root))
             self.give_values(compression_root(copy))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
 from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, memory_groups, spread_bytes
+from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
 from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
-from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form
+from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form, has_chain, whole_matrix
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
     PIVOTS,
@@ -33,6 +36,7 @@ from fiftyfold.modules.tensor_network.layers import (
     matrix_shape,
     to_dense,
 )
+from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import (
     Batch,
     Moments,
@@ -129,7 +133,7 @@ def compress_matrices(
         exclude=exclude,
     )
     apply_operation(model, compression.operation(step), [] if optimizer is None else [optimizer])
-    compression.give_values(model)
+    compression.give_values(model, [] if optimizer is None else [optimizer])
     if factor_bits < 16:
         quantize(
             model,
@@ -160,10 +164,12 @@ class Compression:
     Attributes:
         results: what becomes of each matrix, by the layer's name.
         values: the state dict of each layer that gets a network, by its name.
+        orders: of the channels that were sorted between these layers; their networks and biases have it already.
     """
 
     results: dict[str, CompressedMatrix]
     values: dict[str, dict[str, torch.Tensor]]
+    orders: ChannelOrders
 
     def operation(self, step: int, part: str = "") -> Operation:
         """Return the log's entry.
@@ -179,12 +185,18 @@ class Compression:
         return network_operation(OPERATION, forms, step) | {"errors": errors}
 
     @torch.no_grad()
-    def give_values(self, model: nn.Module) -> None:
-        """Fill the networks of ``model``, which has had the operation; its training goes on from there."""
+    def give_values(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Fill the networks of ``model``, which has had the operation; its training goes on from there.
+
+        Args:
+            model: changed in place.
+            optimizers: that train it; what they keep of a bias follows its channels.
+        """
         layers = dict(named_layers(model))
         for name, values in self.values.items():
             for key, tensor in layers[name].state_dict().items():
                 tensor.copy_(values[key])
+        permute_bias_state(model, self.orders, optimizers)
 
 
 def check_arguments(keep: float, *, factor_bits: int = 16, **arguments: Unpack[CompressionArguments]) -> None:
@@ -227,7 +239,7 @@ def plan_compression(
     model.eval()
     try:
         sizes = spread_bytes(model, names, found, keep=keep, allocation=plan.allocation, bits=factor_bits)
-        student, results = _compressed_copy(model, names, found, sizes, plan)
+        student, results, orders = _compressed_copy(model, names, found, sizes, plan)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
     finally:
@@ -242,7 +254,7 @@ def plan_compression(
     }
     if not values:
         raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
-    return Compression(results, values)
+    return Compression(results, values, orders.cpu())
 
 
 @dataclass(frozen=True)
@@ -278,27 +290,44 @@ def _compressed_copy(
     batches: Sequence[Batch],
     sizes: Mapping[str, float],
     plan: _Plan,
-) -> tuple[nn.Module, dict[str, CompressedMatrix]]:
+) -> tuple[nn.Module, dict[str, CompressedMatrix], ChannelOrders]:
     student = copy.deepcopy(model)
-    layers, originals = dict(named_layers(student)), dict(named_layers(model))
+    layers = dict(named_layers(student))
+    small = [name for name in names if not _stays_dense(layers[name], sizes[name])]
+    orders = ChannelOrders()
+    if has_chain(plan.families):
+        orders = sort_channels(student, small, batches, functools.partial(_first_error, sizes, plan))
     results: dict[str, CompressedMatrix] = {}
-    stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(originals, names)
+    stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(layers, names)
     for stage in stages:
         source, reference = (student, model) if plan.compressed_prefix and results else (model, None)
         moments = collect_moments(source, stage, batches, reference, last=stage[-1] if plan.compressed_prefix else None)
         for name in stage:
-            results[name] = _compress(layers[name], originals[name], moments.pop(name), sizes[name], plan)
-    return student, {name: results[name] for name in names}
+            known = moments.pop(name)
+            if (order := orders.columns.get(name)) is not None:
+                known = known.reordered(order, both=source is model)
+            results[name] = _compress(layers[name], known, sizes[name], plan)
+    return student, {name: results[name] for name in names}, orders
+
+
+def _first_error(sizes: Mapping[str, float], plan: _Plan, name: str, matrix: torch.Tensor, metric: Metric) -> float:
+    """Return the squared relative error of the best form after one sweep."""
+    form, networks = best_form(matrix, metric, tuple(plan.families), sizes[name], plan.bits, sweeps=1)
+    return metric.relative_error(matrix, whole_matrix(networks, form.shape)) ** 2
+
+
+def _stays_dense(layer: nn.Module, size: float) -> bool:
+    return size >= DENSE_BYTES * math.prod(matrix_shape(layer))
 
 
 @torch.no_grad()
-def _compress(layer: nn.Module, original: nn.Module, moments: Moments, size: float, plan: _Plan) -> CompressedMatrix:
-    rows, columns = matrix_shape(original)
-    if size >= DENSE_BYTES * rows * columns:
-        return CompressedMatrix(None, DENSE_BYTES * rows * columns, 0.0)
-    target, metric = least_squares(original, moments)
+def _compress(layer: nn.Module, moments: Moments, size: float, plan: _Plan) -> CompressedMatrix:
+    if _stays_dense(layer, size):
+        return CompressedMatrix(None, DENSE_BYTES * math.prod(matrix_shape(layer)), 0.0)
+    original, old = matrix_of(layer), getattr(layer, "bias", None)
+    target, metric = least_squares(layer, moments)
     form, networks = best_form(target, metric, tuple(plan.families), size, plan.bits, sweeps=plan.sweeps)
-    weight = original.weight
+    weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     # Factors of unlike size learn at unlike speed: what heals best is what starts balanced.
     numbers, pivots = flat_numbers([balanced(cores) for cores in networks]), None
@@ -313,11 +342,8 @@ def _compress(layer: nn.Module, original: nn.Module, moments: Moments, size: flo
     if pivots is not None:
         layer.get_buffer(PIVOTS).copy_(pivots)
     built = layer.dense_weight().to(target.dtype)
-    bias, old = getattr(layer, "bias", None), getattr(original, "bias", None)
-    if bias is not None:
-        assert isinstance(old, torch.Tensor)
-        matrix = matrix_of(original).double()
-        bias.data = (old + matrix @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
+    if isinstance(old, torch.Tensor):
+        old.data = (old + original.double() @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
     error = metric.relative_error(target, built)
     return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.bits), error)
 

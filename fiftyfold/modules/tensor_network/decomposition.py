@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.tensor_network.form import NetworkForm, Term
+from fiftyfold.modules.tensor_network.subspace import iteration_pays, leading_directions
 
 Cores = list[torch.Tensor]
 """The cores of one term, each (left bond, outputs, inputs, right bond)."""
@@ -71,7 +72,9 @@ def tensor_train(matrix: torch.Tensor, term: Term) -> Cores:
 
 
 def truncated_svd(matrix: torch.Tensor, n_eigenvecs: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the leading singular triplets of ``matrix``, exactly; TensorLy calls this.
+    """Return the leading singular triplets of ``matrix``; TensorLy calls this.
+
+    They are exact, or of few of many leading ones as near as iteration comes.
 
     Args:
         matrix: (rows, columns).
@@ -80,12 +83,32 @@ def truncated_svd(matrix: torch.Tensor, n_eigenvecs: int, **_: Any) -> tuple[tor
     Returns:
         Left vectors (rows, n), values (n,), right vectors (n, columns).
     """
+    if iteration_pays(min(matrix.shape), n_eigenvecs):
+        found = _iterated_svd(matrix, n_eigenvecs)
+        if found is not None:
+            return found
+    return _exact_svd(matrix, n_eigenvecs)
+
+
+def _iterated_svd(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    if matrix.shape[0] > matrix.shape[1]:
+        found = _iterated_svd(matrix.T, count)
+        return None if found is None else (found[2].T, found[1], found[0].T)
+    total = float(matrix.square().sum())
+    basis = leading_directions(lambda x: matrix @ (matrix.T @ x), matrix, matrix.shape[0], count, total)
+    if basis is None:
+        return None
+    left, values, right = _exact_svd(basis.T @ matrix, count)
+    return basis @ left, values, right
+
+
+def _exact_svd(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Divide and conquer may fail to converge in float32; twice the digits have always sufficed.
         left, values, right = (part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False))
-    return left[:, :n_eigenvecs], values[:n_eigenvecs], right[:n_eigenvecs]
+    return left[:, :count], values[:count], right[:count]
 
 
 def balanced(cores: Cores) -> Cores:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 LARGEST_IMBALANCE = 4
 """Where the largest factor is more than so many times the smallest, the dimension is padded with zeros instead."""
+
+SKEWS = (-0.25, 0.25)
+"""How far from even the cuts go that are tried; see :func:`skewed_sites`."""
+
+Sites = tuple[tuple[int, ...], tuple[int, ...]]
+"""The factors of the outputs and of the inputs, one of each for each core."""
 
 _LARGEST_PADDING = 0.05
 
@@ -40,6 +48,47 @@ def site_factors(size: int, count: int) -> tuple[int, ...]:
         if _imbalance(factors) <= LARGEST_IMBALANCE / 2:
             return factors
     return exact
+
+
+def even_sites(shape: tuple[int, int], count: int) -> Sites:
+    """Return :func:`site_factors` of both sides of a matrix."""
+    rows, columns = shape
+    return site_factors(rows, count), site_factors(columns, count)
+
+
+def skewed_sites(shape: tuple[int, int], count: int) -> list[Sites]:
+    """Return ways to cut a matrix between the even one and low rank's, in which each core has rows or columns alone.
+
+    Skewed by s, the first of n cores takes the rows to the power (1 + s) / n and the columns to the power (1 - s) / n,
+    as nearly as divisors allow, the last the reverse, and those between what lies between; s = 0 is even, and s = 1 for
+    two cores is low rank.
+
+    Args:
+        shape: outputs and inputs, both padded as :func:`site_factors` pads them.
+        count: of cores, at least 2.
+    """
+    even = even_sites(shape, count)
+    found: list[Sites] = []
+    for skew in SKEWS:
+        slopes = [skew * (1 - 2 * site / (count - 1)) for site in range(count)]
+        rows = _nearest_factors(math.prod(even[0]), [(1 + slope) / count for slope in slopes])
+        columns = _nearest_factors(math.prod(even[1]), [(1 - slope) / count for slope in slopes])
+        # At either end another family has it.
+        if all(min(row, column) > 1 for row, column in zip(rows, columns, strict=True)):
+            found.append((rows, columns))
+    return [sites for sites in dict.fromkeys(found) if sites != even]
+
+
+def _nearest_factors(size: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return factors whose logarithms have nearly these shares in the size's."""
+    whole = math.log(size)
+    orders = {order for rising in _factorizations(size, len(shares), 1) for order in itertools.permutations(rising)}
+
+    def distance(factors: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+        apart = (abs(math.log(factor) - share * whole) for factor, share in zip(factors, shares, strict=True))
+        return max(apart), factors
+
+    return min(orders, key=distance)
 
 
 def _imbalance(factors: tuple[int, ...]) -> float:

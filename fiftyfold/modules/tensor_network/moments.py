@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,18 @@ class Moments:
     cross: torch.Tensor
     original_mean: torch.Tensor
     mean: torch.Tensor
+
+    def reordered(self, order: torch.Tensor, *, both: bool) -> Moments:
+        """Return the moments of inputs in another order.
+
+        Args:
+            order: which input comes to stand at each place, (inputs,).
+            both: whether those of the compressed model are to be moved too, or have the order already.
+        """
+        inputs, cross, mean = self.inputs, self.cross[order], self.mean
+        if both:
+            inputs, cross, mean = inputs[order][:, order], cross[:, order], mean[order]
+        return Moments(inputs, cross, self.original_mean[order], mean)
 
 
 class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what it was run for
@@ -113,6 +125,16 @@ def call_order(model: nn.Module, names: Sequence[str], batch: Batch) -> list[lis
     Raises:
         FiftyfoldError: if the model does not call one of them.
     """
+    order = call_stages(model, names, batch)
+    called = {name for stage in order for name in stage}
+    if missing := [name for name in names if name not in called]:
+        raise FiftyfoldError(f"the model does not call {missing[0]!r} on the calibration text; exclude it.")
+    return order
+
+
+@torch.no_grad()
+def call_stages(model: nn.Module, names: Sequence[str], batch: Batch) -> list[list[str]]:
+    """Return what :func:`call_order` does, without the layers that are not called."""
     stages: list[tuple[int, list[str]]] = []
     kept: list[torch.Tensor] = []
 
@@ -123,22 +145,29 @@ def call_order(model: nn.Module, names: Sequence[str], batch: Batch) -> list[lis
         else:
             stages.append((x.data_ptr(), [name]))
 
-    with _listening(model, names, note):
+    with listening(model, names, note):
         call(model, batch)
-    order = [stage for _, stage in stages]
-    called = {name for stage in order for name in stage}
-    if missing := [name for name in names if name not in called]:
-        raise FiftyfoldError(f"the model does not call {missing[0]!r} on the calibration text; exclude it.")
-    return order
+    return [stage for _, stage in stages]
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Call a model with a batch, on the device of its parameters, without labels."""
+    """Call a model with a batch, on the device of its parameters, without labels.
+
+    Raises:
+        FiftyfoldError: if it holds tokens that the model does not know.
+    """
     device = next(model.parameters()).device
-    if isinstance(batch, torch.Tensor):
-        return model(batch.to(device))
-    arguments = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()})
+    try:
+        if isinstance(batch, torch.Tensor):
+            return model(batch.to(device))
+        arguments = {name: value for name, value in batch.items() if name != "labels"}
+        return model(
+            **{name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+        )
+    except IndexError as error:
+        raise FiftyfoldError(
+            f"the model cannot read the calibration text ({error}); is it of another vocabulary?"
+        ) from error
 
 
 def check_batches(batches: Iterable[Batch]) -> list[Batch]:
@@ -160,25 +189,25 @@ def _inputs_of(
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, x: torch.Tensor) -> None:
-        real = mask.to(x.device).bool() if mask is not None and mask.shape == x.shape[:-1] else None
-        found[name] = x.reshape(-1, x.shape[-1]) if real is None else x[real]
+        found[name] = real_tokens(x, mask)
         if name == last:
             raise _Stop
 
-    with _listening(model, names, note):
-        try:
-            call(model, batch)
-        except _Stop:
-            pass
-        except IndexError as error:
-            raise FiftyfoldError(
-                f"the model cannot read the calibration text ({error}); is it of another vocabulary?"
-            ) from error
+    with listening(model, names, note), suppress(_Stop):
+        call(model, batch)
     return found
 
 
+def real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of (…, features) that a mask does not call padding, (tokens, features)."""
+    if mask is None or mask.shape != x.shape[:-1]:
+        return x.reshape(-1, x.shape[-1])
+    return x[mask.to(x.device).bool()]
+
+
 @contextmanager
-def _listening(model: nn.Module, names: Sequence[str], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def listening(model: nn.Module, names: Sequence[str], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Let ``note`` have the name of each layer that is called, and its input."""
     layers = dict(named_layers(model))
     handles: list[RemovableHandle] = []
 

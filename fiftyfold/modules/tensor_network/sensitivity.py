@@ -56,7 +56,7 @@ def measured_sensitivity(
     for name, curve in curves.items():
         layer, rank = layers[name], max(1, ranks[name])
         moments = collect_moments(model, [name], few, last=name)[name]
-        directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()))[:, :rank]
+        directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()), rank)
         mean = (matrix_of(layer).double() @ moments.original_mean).float()
         handle = layer.register_forward_hook(_projection(layer, directions, mean))
         try:

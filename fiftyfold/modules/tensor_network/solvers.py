@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fiftyfold.modules.tensor_network.decomposition import Cores, balanced, rebuild, tensor_train
 from fiftyfold.modules.tensor_network.form import NetworkForm, Term
 from fiftyfold.modules.tensor_network.metric import Metric
+from fiftyfold.modules.tensor_network.subspace import iteration_pays, leading_directions
 
 SWEEPS = 6
 """How often alternating least squares go over all cores."""
@@ -78,15 +79,42 @@ def whitened_low_rank(matrix: torch.Tensor, rank: int, metric: Metric) -> Cores:
         metric: of the inputs.
     """
     outputs, inputs = matrix.shape
-    components = principal_outputs(matrix, metric)[:, :rank]
+    components = principal_outputs(matrix, metric, rank)
     return [components.reshape(1, outputs, 1, rank), (components.T @ matrix).reshape(rank, 1, inputs, 1)]
 
 
-def principal_outputs(matrix: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """Return orthonormal directions of the outputs, (outputs, min(outputs, inputs)), the strongest first."""
+def principal_outputs(matrix: torch.Tensor, metric: Metric, count: int | None = None) -> torch.Tensor:
+    """Return orthonormal directions of the outputs, the strongest first.
+
+    Args:
+        matrix: (outputs, inputs).
+        metric: of the inputs.
+        count: how many; by default as many as there can be. Few of many are found by iteration, where it succeeds.
+
+    Returns:
+        (outputs, count).
+    """
     outputs, inputs = matrix.shape
-    if outputs <= inputs:
-        covariance = matrix @ metric.moment @ matrix.T
+    count = min(outputs, inputs) if count is None else min(count, outputs, inputs)
+    covariance = matrix @ metric.moment @ matrix.T if outputs <= inputs else None
+    if iteration_pays(min(outputs, inputs), count):
+        found = _leading_outputs(matrix, metric, covariance, count)
+        if found is not None:
+            return found
+    return _all_principal_outputs(matrix, metric, covariance)[:, :count]
+
+
+def _leading_outputs(
+    matrix: torch.Tensor, metric: Metric, covariance: torch.Tensor | None, count: int
+) -> torch.Tensor | None:
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        return matrix @ (metric.moment @ (matrix.T @ x)) if covariance is None else covariance @ x
+
+    return leading_directions(multiply, matrix, matrix.shape[0], count, metric.squared(matrix))
+
+
+def _all_principal_outputs(matrix: torch.Tensor, metric: Metric, covariance: torch.Tensor | None) -> torch.Tensor:
+    if covariance is not None:
         directions: torch.Tensor = torch.linalg.eigh((covariance + covariance.T) / 2)[1]
         return directions.flip(1)
     # Through the smaller side; the QR makes orthonormal what rounding and zero directions have bent.

@@ -14,7 +14,7 @@ from tensorly.tt_matrix import tt_matrix_to_matrix
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.tensor_network import contraction
 from fiftyfold.modules.tensor_network.decomposition import decompose, rebuild, tensor_train
-from fiftyfold.modules.tensor_network.factors import even_factors, site_factors
+from fiftyfold.modules.tensor_network.factors import even_factors, even_sites, site_factors, skewed_sites
 from fiftyfold.modules.tensor_network.form import NetworkForm, Term, balanced_form, low_rank_form, low_rank_term
 from fiftyfold.modules.tensor_network.gauge import LARGEST_ENTRY, fix_gauge, join_fixed, row_places, split_fixed
 from fiftyfold.modules.tensor_network.layers import look_up
@@ -46,6 +46,22 @@ def test_site_factors_are_even_and_hardly_larger(size, count):
     assert size <= math.prod(factors) <= max(size + 1, size * 1.05)
     assert max(factors) <= 4 * min(factors) or math.prod(factors) == size
     assert max(factors) <= size // 2 + 1
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (11008, 4096), (50257, 768)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_skewed_cuts_lie_between_even_and_low_rank(shape, count):
+    even = even_sites(shape, count)
+    cuts = skewed_sites(shape, count)
+    assert 1 <= len(cuts) == len(set(cuts)) <= 2
+    assert even not in cuts
+    for rows, columns in cuts:
+        assert [math.prod(rows), math.prod(columns)] == [math.prod(side) for side in even]
+        assert min(*rows, *columns) > 1
+
+
+def test_the_cuts_of_a_square():
+    assert skewed_sites((384, 384), 2) == [((8, 48), (48, 8)), ((48, 8), (8, 48))]
 
 
 def test_the_papers_worked_example():

@@ -8,8 +8,14 @@ import torch
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.tensor_network.allocation import Option, allocate
 from fiftyfold.modules.tensor_network.decomposition import decompose, rebuild
-from fiftyfold.modules.tensor_network.families import FAMILIES, best_form, form_of_family, low_rank_curve
-from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form, low_rank_term
+from fiftyfold.modules.tensor_network.families import (
+    FAMILIES,
+    best_form,
+    form_of_family,
+    forms_of_family,
+    low_rank_curve,
+)
+from fiftyfold.modules.tensor_network.form import NetworkForm, Term, balanced_form, low_rank_form, low_rank_term
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.solvers import _descend, _solve_edge, solve, sweep
 
@@ -110,3 +116,35 @@ def test_bytes_go_where_they_lower_the_cost():
     assert allocate([steep, flat], 1000) == [2, 2]
     with pytest.raises(FiftyfoldError, match="cannot be met"):
         allocate([steep, flat], 19)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("shape", [(24, 36), (23, 36), (48, 24)])
+@pytest.mark.parametrize("family", ["mpo2", "mpo3", "sum20", "sum50"])
+def test_a_searched_cut_is_no_worse_than_an_even_one(family, shape, bits):
+    matrix, metric = problem(*shape)
+    size = 0.45 * 2 * matrix.numel()
+    forms = forms_of_family(shape, family, size, bits)
+    assert family != "mpo2" or len(forms) > 1
+    assert all(form.with_gauge("fixed").stored_bytes(bits) <= size for form in forms)
+    even = form_of_family(shape, family, size, bits)
+    assert forms[0] == even
+    _, networks = best_form(matrix, metric, (family,), size, bits)
+    error = metric.squared(matrix - built(networks, shape))
+    assert error <= metric.squared(matrix - built(solve(matrix, even, metric), shape)) * (1 + 1e-9)
+
+
+def test_a_cut_that_suits_the_matrix_is_found():
+    """A matrix that is a chain of two uneven cores comes back whole."""
+    generator = torch.Generator().manual_seed(0)
+    _, metric = problem(24, 24)
+    rows, columns = (8, 3), (3, 8)
+    cores = [
+        torch.randn(1, 8, 3, 3, generator=generator, dtype=torch.float64),
+        torch.randn(3, 3, 8, 1, generator=generator, dtype=torch.float64),
+    ]
+    size = NetworkForm((24, 24), (Term(rows, columns, (3,)),), "fixed").stored_bytes()
+    matrix = rebuild(cores)
+    form, networks = best_form(matrix, metric, ("svd", "mpo2"), size, 16)
+    assert (form.terms[0].rows, form.terms[0].columns) == (rows, columns)
+    assert metric.relative_error(matrix, built(networks, (24, 24))) < 1e-3
