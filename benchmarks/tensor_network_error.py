@@ -2,8 +2,7 @@
 
 For each linear layer of the encoder: ‖Wx − Ŵx‖ / ‖Wx‖ over all tokens of sentences that no form was computed from. All
 forms take at most 30 % of the bytes that the matrix takes in 16 bits, the rows of identity blocks counted. Forms,
-families, cuts, allocations and the order of hidden channels, which ours alone sorts, are chosen on the calibration text
-alone.
+families, cuts and allocations are chosen on the calibration text alone; hidden channels stay in their order.
 
     python benchmarks/tensor_network_error.py ../shared/data/glue
 """
@@ -11,7 +10,6 @@ alone.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.resources
 import itertools
 import json
@@ -26,9 +24,8 @@ from transformers import AutoModel, AutoTokenizer
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.tensor_network.allocation import Option, allocate
-from fiftyfold.modules.tensor_network.channel_order import sort_channels
 from fiftyfold.modules.tensor_network.decomposition import Cores, decompose, rebuild
-from fiftyfold.modules.tensor_network.families import Family, best_form, largest_rank, low_rank_curve, whole_matrix
+from fiftyfold.modules.tensor_network.families import Family, best_form, largest_rank, low_rank_curve
 from fiftyfold.modules.tensor_network.form import NetworkForm, low_rank_form
 from fiftyfold.modules.tensor_network.gauge import fix_gauge, join_fixed, row_places, split_fixed
 from fiftyfold.modules.tensor_network.metric import Metric
@@ -68,13 +65,11 @@ def main() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     data = parser.parse_args().data
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "encoder" in name]
-    text = batches(tokenizer, data, "train", CALIBRATION_TOKENS)
-    calibration = collect_moments(model, names, text)
+    layers = dict(model.named_modules())
+    calibration = collect_moments(model, names, batches(tokenizer, data, "train", CALIBRATION_TOKENS))
     evaluation = collect_moments(model, names, batches(tokenizer, data, "dev", EVALUATION_TOKENS))
     order = [*FIFTEEN, *(name for name in names if name not in FIFTEEN)]
-    problems = {name: (weight_of(model, name), calibration[name], evaluation[name]) for name in order}
-    sorted_model = copy.deepcopy(model)
-    columns = sort_channels(sorted_model, names, text, judge).columns
+    problems = {name: (layers[name].weight.detach().double(), calibration[name], evaluation[name]) for name in order}
     report: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"each": {}, "total": {}}
     report["machine"] = platform.processor() or platform.machine()
     for name in order:
@@ -82,10 +77,7 @@ def main() -> None:
         if not set(RIVALS) <= set(found):
             found.update(rivals(*problems[name]))
         if not set(OURS) <= set(found):
-            moved = [
-                each.reordered(columns[name], both=True) if name in columns else each for each in problems[name][1:]
-            ]
-            found.update(ours(weight_of(sorted_model, name), *moved))
+            found.update(ours(*problems[name]))
             print(name, found, flush=True)
         save(report)
     for label, some in (("the 15", FIFTEEN), ("all 36", order)):
@@ -97,17 +89,6 @@ def main() -> None:
             report["total"][label] = shared_budget({name: problems[name] for name in some})
         save(report)
         print(label, report["mean"][label], report["total"][label], flush=True)
-
-
-def judge(_: str, matrix: torch.Tensor, metric: Metric) -> float:
-    """Return the squared relative error of our best form after one sweep."""
-    form, networks = best_form(matrix, metric, FAMILIES, KEEP * 2 * matrix.numel(), 16, sweeps=1)
-    return metric.relative_error(matrix, whole_matrix(networks, form.shape)) ** 2
-
-
-def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return the weight of a linear layer in float64."""
-    return model.get_submodule(name).get_parameter("weight").detach().double()
 
 
 def save(report: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_both_callers_come_as_near_as_exact_ones(shape, spectrum):
         torch.linalg.qr(torch.randn(side, SIZE, generator=generator, dtype=torch.float64))[0] for side in shape
     )
     matrix = (left * SPECTRA[spectrum].sqrt()) @ right.T
-    count = 20
+    count = 9
     samples = torch.randn(400, shape[1], generator=generator, dtype=torch.float64)
     metric = Metric(samples.T @ samples)
     vectors, values, others = truncated_svd(matrix, count)
@@ -111,5 +111,5 @@ def test_a_spectrum_that_is_too_flat_is_decomposed_exactly(monkeypatch):
     monkeypatch.setattr(subspace, "_LARGEST_STEPS", 1)
     matrix = operator(SPECTRA["a slope"], torch.float64)
     assert found_of(matrix) is None
-    values = truncated_svd(matrix, COUNT)[1]
-    torch.testing.assert_close(values, SPECTRA["a slope"][:COUNT], atol=1e-9, rtol=0)
+    values = truncated_svd(matrix, 8)[1]
+    torch.testing.assert_close(values, SPECTRA["a slope"][:8], atol=1e-9, rtol=0)
