@@ -250,7 +250,8 @@ _QUANTIZERS: dict[int, _Quantizer] = {1: _binary, 2: _ternary, 3: _uniform, 4: _
 
 
 def _entries(values: torch.Tensor, shared: tuple[int, ...]) -> int:
-    return math.prod(values.shape[dimension] for dimension in shared)
+    # A list: torch.compile cannot take a generator through an autograd function.
+    return math.prod([values.shape[dimension] for dimension in shared])
 
 
 def _sum(values: torch.Tensor, shared: tuple[int, ...]) -> torch.Tensor:

@@ -296,3 +296,28 @@ def test_the_optimizer_goes_on():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"weight_bits": 1},
+        {"weight_bits": 2},
+        {"weight_bits": 2, "granularity": "per_group", "group_size": 8},
+        {"weight_bits": 8, "granularity": "per_channel", "activation_range": "static"},
+        {"weight_bits": 1, "symmetric": False, "clip": 0.5},
+    ],
+    ids=str,
+)
+def test_a_compiler_sees_one_graph_that_trains_alike(arguments):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
+    quantize(model, targets=".", **arguments)
+    tokens = torch.randint(50, (4, 5))
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        output = run(tokens)
+        gradients = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+        results.append([output, *gradients])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
