@@ -110,17 +110,17 @@ def _best_cut(
 ) -> list[_Solved]:
     """Solve for the form that is nearest after the first sweep, and for the first form, and return the nearer.
 
-    Nothing is returned if there is no form, or none comes within the bound in the first sweep.
+    Nothing is returned if there is no form, or none comes within the bound in the first sweep. Where there is no other
+    sweep, the first form alone is tried.
     """
-    if len(forms) <= 1:
-        return [_solved(matrix, metric, form, sweeps) for form in forms]
-    first = min(sweeps, _SEARCH_SWEEPS)
-    trials = [_solved(matrix, metric, form, first) for form in forms]
+    if len(forms) <= 1 or sweeps <= _SEARCH_SWEEPS:
+        return [_solved(matrix, metric, form, sweeps) for form in forms[:1]]
+    trials = [_solved(matrix, metric, form, _SEARCH_SWEEPS) for form in forms]
     nearest = min(trials, key=lambda entry: entry[0])
     if nearest[0] > bound:
         return []
     finals = {id(trial): trial for trial in (trials[0], nearest)}.values()
-    solved = (_solved(matrix, metric, form, sweeps - first, start) for _, form, start in finals)
+    solved = (_solved(matrix, metric, form, sweeps - _SEARCH_SWEEPS, start) for _, form, start in finals)
     return [min(solved, key=lambda entry: entry[0])]
 
 
