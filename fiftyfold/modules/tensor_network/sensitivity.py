@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.targets import named_layers
 from fiftyfold.modules.tensor_network.layers import matrix_of
 from fiftyfold.modules.tensor_network.metric import Metric
@@ -40,14 +41,17 @@ def measured_sensitivity(
     """Return, for each matrix, the model's deviation over the squared relative error that caused it.
 
     The layer's outputs are projected onto their leading components, as the best low-rank weight does, with nothing
-    else changed; the deviation is the Kullback-Leibler divergence of the logits, or the relative squared change of the
-    first output of a model without logits.
+    else changed; the deviation is the Kullback-Leibler divergence of the logits, or the relative squared change of a
+    regression's value or of the first output of a model without logits.
 
     Args:
         model: in evaluation mode; unchanged afterwards.
         batches: calibration text, of which a few batches are used.
         curves: squared relative error by rank for each matrix.
         ranks: at which the matrix is measured.
+
+    Raises:
+        FiftyfoldError: if no matrix's error makes any difference.
     """
     few = list(batches)[:_BATCHES]
     before = [outputs_of(model, batch) for batch in few]
@@ -66,6 +70,11 @@ def measured_sensitivity(
         finally:
             handle.remove()
         weights[name] = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+    if not any(weights.values()):
+        raise FiftyfoldError(
+            "no matrix's error moves the model's first output on the calibration text, so that nothing tells how to "
+            "spread the bytes; use allocation='outputs' or 'uniform'."
+        )
     return weights
 
 
@@ -87,7 +96,8 @@ def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
     output = call(model, batch)
     logits = getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
-        return Outputs(logits, True)
+        # A single one is a regression's value, of which a softmax would always make one.
+        return Outputs(logits, logits.shape[-1] > 1)
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     return Outputs(leaves[0], False)
 

@@ -13,7 +13,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices, export, load, tensorize
 from fiftyfold.modules.structure import loading_values, replay, structure_log
 from fiftyfold.modules.tensor_network.moments import call_order, collect_moments
-from tests.tiny import tiny_batch, tiny_causal, tiny_model
+from tests.tiny import tiny_batch, tiny_bert, tiny_causal, tiny_model
 
 TEXT = [tiny_batch(seed) for seed in range(4)]
 
@@ -52,6 +52,20 @@ def test_it_beats_the_plain_svd_within_the_budget(llama, arguments):
     dense = sum(2 * m.weight.numel() for n, m in tiny_causal("llama").named_modules() if n in results)
     assert sum(result.bytes for result in results.values()) <= 0.5 * dense
     assert deviation(llama, before) < deviation(plain, before)
+
+
+def test_a_regression_spends_its_budget():
+    model = tiny_bert(labels=1)
+    results = compress_matrices(model, TEXT, 0.5)
+    dense = sum(2 * m.weight.numel() for n, m in tiny_bert(labels=1).named_modules() if n in results)
+    assert 0.4 * dense < sum(result.bytes for result in results.values()) <= 0.5 * dense
+
+
+def test_outputs_that_no_matrix_moves_are_refused(llama):
+    nn.init.zeros_(llama.lm_head.weight)
+    with pytest.raises(FiftyfoldError, match="allocation='outputs'"):
+        compress_matrices(llama, TEXT, 0.5)
+    compress_matrices(llama, TEXT, 0.5, allocation="outputs")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
