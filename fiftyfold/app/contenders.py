@@ -153,6 +153,8 @@ def _onnx_contender(name: str, dense: nn.Module, place: Path) -> Contender:
     quantize_dynamic(exported, quantized, weight_type=QuantType.QInt8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads otherwise spin on for a while after each call, and slow the model that is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(quantized.read_bytes(), options, providers=["CPUExecutionProvider"])
     return Contender(name, OnnxModel(session), quantized.stat().st_size.__int__)
 
