@@ -141,9 +141,7 @@ def fuzz(arguments: argparse.Namespace, short: bool) -> dict[str, Any]:
 def faults(_arguments: argparse.Namespace, _short: bool) -> dict[str, Any]:
     """Run the tests of full disks, folders that refuse, losses without a value, and ranks and workers that die."""
     test = "tests/reliability/test_faults.py"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", test], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-m", "pytest", test], cwd=ROOT, check=False, capture_output=True, text=True)
     return {"tests": run.stdout.strip().splitlines()[-1], "passed": run.returncode == 0}
 
 
