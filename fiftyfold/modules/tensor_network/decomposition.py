@@ -16,8 +16,6 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.tensor_network.form import NetworkForm, Term
 from fiftyfold.modules.tensor_network.subspace import iteration_pays, leading_directions
 
-_ITERATED_SHARE = 0.06
-
 Cores = list[torch.Tensor]
 """The cores of one term, each (left bond, outputs, inputs, right bond)."""
 
@@ -85,7 +83,7 @@ def truncated_svd(matrix: torch.Tensor, n_eigenvecs: int, **_: Any) -> tuple[tor
     Returns:
         Left vectors (rows, n), values (n,), right vectors (n, columns).
     """
-    if iteration_pays(min(matrix.shape), n_eigenvecs, _ITERATED_SHARE):
+    if iteration_pays(min(matrix.shape), n_eigenvecs):
         found = _iterated_svd(matrix, n_eigenvecs)
         if found is not None:
             return found

@@ -8,7 +8,6 @@ than a twentieth, and dividing by the block loses nothing.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -139,8 +138,3 @@ def row_places(pivots: torch.Tensor, rows: int) -> torch.Tensor:
     places = torch.cumsum(1 - where, dim=0) + len(pivots) - 1
     places[pivots.long()] = torch.arange(len(pivots), device=pivots.device)
     return places
-
-
-def bond_sizes(terms: Sequence[Term]) -> list[int]:
-    """Return the sizes of all bonds of several terms, in their order."""
-    return list(itertools.chain.from_iterable(term.bonds for term in terms))

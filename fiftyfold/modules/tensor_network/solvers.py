@@ -25,7 +25,6 @@ SWEEPS = 6
 _LARGEST_DIRECT = 4096
 _GRADIENT_STEPS = 12
 _RIDGE = 1e-9
-_ITERATED_SHARE = 0.06
 
 
 def solve(
@@ -98,7 +97,7 @@ def principal_outputs(matrix: torch.Tensor, metric: Metric, count: int | None = 
     outputs, inputs = matrix.shape
     count = min(outputs, inputs) if count is None else min(count, outputs, inputs)
     covariance = matrix @ metric.moment @ matrix.T if outputs <= inputs else None
-    if iteration_pays(min(outputs, inputs), count, _ITERATED_SHARE):
+    if iteration_pays(min(outputs, inputs), count):
         found = _leading_outputs(matrix, metric, covariance, count)
         if found is not None:
             return found

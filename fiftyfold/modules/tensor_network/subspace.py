@@ -13,21 +13,16 @@ from collections.abc import Callable
 import torch
 
 _SMALLEST_SIZE = 1536
+_LARGEST_SHARE = 0.06
 _LARGEST_STEPS = 24
 _FIRST_CHECK = 4
 _GAIN = 1e-4
 _ROUNDING = 1e-7
 
 
-def iteration_pays(size: int, count: int, share: float) -> bool:
-    """Tell whether finding ``count`` of ``size`` directions is quicker by iteration than by an exact decomposition.
-
-    Args:
-        size: of the space.
-        count: how many directions.
-        share: up to which of all directions it is, for the exact decomposition that it replaces.
-    """
-    return size >= _SMALLEST_SIZE and count <= share * size
+def iteration_pays(size: int, count: int) -> bool:
+    """Tell whether finding ``count`` of ``size`` directions is quicker by iteration than by an exact decomposition."""
+    return size >= _SMALLEST_SIZE and count <= _LARGEST_SHARE * size
 
 
 def leading_directions(
