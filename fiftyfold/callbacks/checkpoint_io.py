@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = Path(path)
+        handled = sys.exception()
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with replaced_file(place) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            refusal = _refusal(error)
-            if refusal is None:
-                raise
+            reason = _reason(error, handled)
+            if not isinstance(reason, OSError):
+                raise reason from None
             raise FiftyfoldError(
-                f"the checkpoint {place} cannot be written ({refusal.strerror or refusal}); free some space or name "
+                f"the checkpoint {place} cannot be written ({reason.strerror or reason}); free some space or name "
                 "another folder, and resume from the checkpoint before it, which is whole."
             ) from error
 
@@ -61,8 +63,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *arguments, **options)
 
 
-def _refusal(error: BaseException | None) -> OSError | None:
-    """Return what the disk said: torch's writer, stopped in the middle, raises an error of its own over it."""
-    while error is not None and not isinstance(error, OSError):
+def _reason(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return what stopped the writing: torch's writer, stopped in the middle, raises an error of its own over it.
+
+    Such a stop is the disk's, or an error from a signal's handler: Ctrl-C, or a loader's worker that died.
+
+    Args:
+        error: what came out of the writing.
+        handled: what was being handled when the writing began, which is not its reason.
+    """
+    while error.__context__ not in (None, handled) and not error.__suppress_context__:
         error = error.__context__
     return error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from unittest import mock
 
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from fiftyfold.callbacks import DurableCheckpointIO
+from fiftyfold.callbacks import DurableCheckpointIO, checkpoint_io
 from fiftyfold.errors import FiftyfoldError
 from tests.strangers import BertUser, assert_same_training, make_trainer
 
@@ -69,6 +71,36 @@ def test_a_mistake_in_the_content_is_no_matter_of_the_disk(path):
     with pytest.raises(Exception, match=r"pickle|lambda"):
         DurableCheckpointIO().save_checkpoint({"odd": lambda: 0}, path)
     assert DurableCheckpointIO().load_checkpoint(path)["step"] == 1
+
+
+def save_while_handling(error, path):
+    try:
+        if error:
+            raise error
+    except OSError:
+        DurableCheckpointIO().save_checkpoint(NEW, path)
+    else:
+        DurableCheckpointIO().save_checkpoint(NEW, path)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt("a signal"), RuntimeError("a worker died of a signal")])
+@pytest.mark.parametrize("handled", [None, OSError(2, "another matter")])
+def test_what_a_signals_handler_raises_in_mid_write_is_said(path, stop, handled, monkeypatch):
+    """torch's writer, stopped in the middle of a write, says ``unexpected pos 64 vs 0`` over it."""
+    whole = checkpoint_io.replaced_file
+
+    @contextlib.contextmanager
+    def interrupted(place):
+        with whole(place) as file:
+            file.write = mock.Mock(side_effect=[30, 16, 18, stop])
+            yield file
+
+    monkeypatch.setattr(checkpoint_io, "replaced_file", interrupted)
+    with pytest.raises(type(stop), match="a signal"):
+        save_while_handling(handled, path)
+    monkeypatch.undo()
+    assert DurableCheckpointIO().load_checkpoint(path)["step"] == 1
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_second_resume_counts_its_epochs(tmp_path):
