@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fiftyfold.errors import FiftyfoldError
@@ -23,10 +24,13 @@ def sole_writer(path: Path, what: str) -> Iterator[None]:
     Raises:
         FiftyfoldError: if another process holds the lock.
     """
-    with path.open("ab") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(path.open("ab"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # A run that ends may delete its folder before our opening, or between that and our lock.
+            os.stat(path)
+        except (BlockingIOError, FileNotFoundError) as error:
             raise FiftyfoldError(
                 f"another run is writing {what} just now; wait for its end, or name another output."
             ) from error

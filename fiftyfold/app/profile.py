@@ -239,5 +239,9 @@ def _read_cells(path: Path, options: dict[str, Any]) -> list[Cell]:
         raise FiftyfoldError(
             f"{path.parent} holds a profile with other options; name another output folder, or delete that one."
         )
+    for cell in found:
+        ours = cell.layer in options["layers"] and cell.bond_dimension in options["bond_dimensions"]
+        if not ours or not all(isinstance(number, float) for number in (cell.kept, cell.value, cell.change)):
+            raise FiftyfoldError(f"{path} is damaged (at {cell.layer}); delete it to begin anew.")
     os.truncate(path, len(whole))
     return found

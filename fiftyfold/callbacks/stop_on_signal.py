@@ -83,7 +83,8 @@ class StopOnSignal(Checkpoint):
 
     def _put_back(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None stands for a handler that was installed from C, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
     def _leave_if_told(self, trainer: Trainer) -> None:

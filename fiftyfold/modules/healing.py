@@ -252,6 +252,8 @@ def heal(
     """
     if steps < 0 or block_steps < 0 or steps + block_steps < 1:
         raise FiftyfoldError("healing needs at least one step.")
+    if batch_size < 1:
+        raise FiftyfoldError(f"batch_size is {batch_size}; healing needs at least one sequence a step.")
     if sequences.dim() != 2 or len(sequences) == 0:
         raise FiftyfoldError("healing needs text: sequences of one length, at least one.")
     check_length(student, sequences.shape[1], "student")

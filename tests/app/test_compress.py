@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from fiftyfold.app import road, training
 from fiftyfold.app.main import main
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from tests.app.conftest import write_teacher
 
@@ -97,6 +99,18 @@ def test_a_second_run_beside_the_first_is_refused(place: Path, capsys: pytest.Ca
         assert main(COMMAND) == 1
     assert "another run" in capsys.readouterr().err
     assert options.read_text() == ""
+
+
+def test_a_run_that_ends_while_another_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deletes its folder between the other's looking at it and its lock."""
+    file = tmp_path / "options.json"
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (file.unlink(), lock(*arguments)))
+    with pytest.raises(FiftyfoldError, match="another run"), sole_writer(file, "small.work"):
+        pytest.fail("both would write")
+    monkeypatch.undo()
+    with pytest.raises(FiftyfoldError, match="another run"), sole_writer(tmp_path / "gone" / file.name, "small.work"):
+        pytest.fail("there is no folder")
 
 
 def test_bad_input_is_found_before_the_training(

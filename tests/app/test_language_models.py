@@ -232,8 +232,9 @@ def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, mon
     from fiftyfold.app.profile import Cell, _read_cells
 
     file, cell = tmp_path / "cells.jsonl", Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
+    options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
     file.touch()
-    assert _read_cells(file, {"tokens": 1}) == []
+    assert _read_cells(file, options) == []
     with file.open("a") as cells:
         cells.write(json.dumps(asdict(cell)) + '\n{"layer": "model.la')
 
@@ -241,10 +242,26 @@ def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, mon
         raise AssertionError("a kill here would lose all cells")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    assert _read_cells(file, {"tokens": 1}) == [cell]
+    assert _read_cells(file, options) == [cell]
     assert file.read_bytes().endswith(b"}\n")
     with pytest.raises(fiftyfold.FiftyfoldError, match="other options"):
-        _read_cells(file, {"tokens": 2})
+        _read_cells(file, options | {"tokens": 2})
+
+
+@pytest.mark.parametrize("change", [{"layer": "no_such"}, {"layer": []}, {"bond_dimension": 3}, {"value": "high"}])
+def test_a_profiles_altered_cell_is_named(change: dict[str, object], tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from fiftyfold.app.profile import Cell, _read_cells
+
+    options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
+    file, cell = tmp_path / "cells.jsonl", asdict(Cell("layer", 2, 0.5, "nats", 1.0, 0.1))
+    file.touch()
+    _read_cells(file, options)
+    with file.open("a") as cells:
+        cells.write(json.dumps(cell | change) + "\n")
+    with pytest.raises(fiftyfold.FiftyfoldError, match="is damaged"):
+        _read_cells(file, options)
 
 
 def test_profiling_leaves_the_model_as_it_was() -> None:

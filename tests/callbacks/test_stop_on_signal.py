@@ -73,6 +73,21 @@ def test_a_best_checkpoint_is_not_lost_at_an_epochs_end(tmp_path):
     assert (tmp_path / "best" / "step=4.ckpt").exists()
 
 
+def test_a_handler_from_c_gives_way_to_the_systems_own(tmp_path, monkeypatch):
+    """Python reads it as None and cannot put it back."""
+    install = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda *arguments: install(*arguments) and None)
+    stop = StopOnSignal()
+    before = {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS}
+    try:
+        stop.on_train_start(None, None)
+        stop.on_train_end(None, None)
+        assert {signal.getsignal(number) for number in StopOnSignal.SIGNALS} == {signal.SIG_DFL}
+    finally:
+        for number, handler in before.items():
+            install(number, handler)
+
+
 def test_a_signal_after_the_last_step_is_passed_on(tmp_path):
     received = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))

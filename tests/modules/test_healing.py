@@ -87,6 +87,7 @@ def test_a_student_with_fewer_layers_follows_the_layers_it_came_from():
     ("arguments", "message"),
     [
         ({"steps": 0}, "at least one step"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"sequences": tokens(0)}, "needs text"),
         ({"sequences": tokens(2, 41)}, "reads at most 40"),
         ({"layers": [0]}, "name the teacher's layers"),
