@@ -29,6 +29,7 @@ from real_road import machine
 from rivals import METHODS, PLAIN_BITS, Grams, activation_grams, compress
 from studied_models import ClassifierBudget, StudiedClassifier, StudiedLanguageModel, StudiedModel, TextBudget
 from torch import nn
+from transformers import PreTrainedModel
 
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.modules import compress_matrices
@@ -147,10 +148,25 @@ class Study:
             result["healed"] = result["compressed"]
         else:
             train_matrices_alone(student, matrices)
-            result["last_loss"] = self.model.heal(student, cell.seed)
-            result["healed"] = self.model.score(student)
+            healed, result["learning_rate"], result["losses"] = self.heal(student, cell.seed)
+            result["healed"] = self.model.score(healed)
         seconds = round(time.monotonic() - begin)
         return result | {"seconds": seconds, "budget": self.model.budget, "machine": machine()}
+
+    def heal(self, student: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float, dict[float, float]]:
+        """Heal at each learning rate, for one that mends a bad start spoils a good one.
+
+        Returns:
+            The best of the students, the one that was not healed among them; its rate, zero for none; and the losses
+            that decided, by rate, on text of their own.
+        """
+        students = {0.0: student}
+        for rate in self.model.budget["learning_rates"]:
+            students[rate] = copy.deepcopy(student)
+            self.model.heal(students[rate], seed, rate)
+        losses = {rate: self.model.loss(each, seed) for rate, each in students.items()}
+        best = min(losses, key=losses.__getitem__)
+        return students[best], best, losses
 
     def grams(self, seed: int) -> Grams:
         """Return the activations' second moments of the original model on the seed's calibration text."""

@@ -17,7 +17,7 @@ from fiftyfold.app.training import score
 from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
 from fiftyfold.modules import DistillationModule, FineTuningModule, heal
 from fiftyfold.modules.fine_tuning import load_teacher
-from fiftyfold.modules.perplexity import score_documents, score_row
+from fiftyfold.modules.perplexity import TextScore, score_documents, score_row
 from fiftyfold.modules.tensor_network.moments import Batch
 
 
@@ -28,13 +28,16 @@ class StudiedModel(Protocol):
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What every method is given."""
+        """What every method is given, the learning rates that it may choose from among it."""
 
     def calibration(self, seed: int) -> Sequence[Batch]:
         """Return the seed's calibration batches."""
 
-    def heal(self, student: PreTrainedModel, seed: int) -> float:
+    def heal(self, student: PreTrainedModel, seed: int, learning_rate: float) -> float:
         """Let what asks for gradients follow the teacher; return the mean of the last losses."""
+
+    def loss(self, student: PreTrainedModel, seed: int) -> float:
+        """Return how bad a student is on text that neither heals it nor is scored: what a rate is chosen by."""
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return figures on the held-out text by name."""
@@ -49,7 +52,7 @@ class TextBudget:
     steps: int = 60
     block_steps: int = 30
     batch_size: int = 8
-    learning_rate: float = 6e-3
+    learning_rates: tuple[float, ...] = (6e-3, 1.5e-3)
 
 
 class StudiedLanguageModel:
@@ -73,9 +76,11 @@ class StudiedLanguageModel:
             documents = text.documents("train")
             # The first stories are easier than the others.
             self._scored = documents[1700::10]
-            row = torch.cat([torch.cat([torch.tensor([1]), story]) for story in documents[100:1700]])
+            self._chosen_by = documents[1600:1700:2]
+            row = torch.cat([torch.cat([torch.tensor([1]), story]) for story in documents[100:1600]])
         else:
             self._scored = [text.row("test")[:25_000]]
+            self._chosen_by = [text.row("validation")[:12_000]]
             row = text.row("train")
         length = budget.sequence
         self._sequences = row[: len(row) // length * length].view(-1, length)
@@ -90,7 +95,7 @@ class StudiedLanguageModel:
         chosen = self._shuffled(2000 + seed)[: self._budget.calibration_sequences]
         return [chosen[start : start + 8] for start in range(0, len(chosen), 8)]
 
-    def heal(self, student: PreTrainedModel, seed: int) -> float:
+    def heal(self, student: PreTrainedModel, seed: int, learning_rate: float) -> float:
         """Let what asks for gradients follow the teacher; return the mean of the last ten losses."""
         losses = heal(
             student,
@@ -99,16 +104,23 @@ class StudiedLanguageModel:
             steps=self._budget.steps,
             block_steps=self._budget.block_steps,
             batch_size=self._budget.batch_size,
-            learning_rate=self._budget.learning_rate,
+            learning_rate=learning_rate,
             seed=seed,
         )
         return statistics.fmean(losses[-10:])
 
+    def loss(self, student: PreTrainedModel, seed: int) -> float:  # noqa: ARG002 - the same text for every seed
+        """Return the nats a token on stories, or a row, between those that heal and those that are scored."""
+        return self._score(student, self._chosen_by).nats
+
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """Score the held-out text: a story on its own, or a row in windows of 256 that overlap by half."""
+        return self._score(model, self._scored).to_json()
+
+    def _score(self, model: PreTrainedModel, texts: list[Tensor]) -> TextScore:
         if self._stories:
-            return score_documents(model, self._scored, first_token=1, window=512).to_json()
-        return score_row(model, self._scored[0], window=256, stride=128).to_json()
+            return score_documents(model, texts, first_token=1, window=512)
+        return score_row(model, texts[0], window=256, stride=128)
 
     def _shuffled(self, seed: int) -> Tensor:
         order = torch.randperm(len(self._sequences), generator=torch.Generator().manual_seed(seed))
@@ -123,7 +135,8 @@ class ClassifierBudget:
     calibration_batches: int = 32
     steps: int = 60
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    choosing_batches: int = 16
 
 
 class StudiedClassifier:
@@ -147,17 +160,14 @@ class StudiedClassifier:
 
     def calibration(self, seed: int) -> Sequence[Batch]:
         """Return the first batches of the seed's training order."""
-        data = self._sentences(2000 + seed)
-        data.prepare_data()
-        data.setup("fit")
-        return list(itertools.islice(data.train_dataloader(), self._budget.calibration_batches))
+        return self._batches(2000 + seed, 0, self._budget.calibration_batches)
 
-    def heal(self, student: PreTrainedModel, seed: int) -> float:
+    def heal(self, student: PreTrainedModel, seed: int, learning_rate: float) -> float:
         """Let what asks for gradients follow the teacher; return the last loss."""
         lightning.seed_everything(seed, verbose=False)
         module = DistillationModule(
             self.teacher,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=self._budget.learning_rate, fused=True),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, fused=True),
             weight_decay=0.0,
         )
         module.student = student.train()
@@ -174,10 +184,25 @@ class StudiedClassifier:
         trainer.fit(module, datamodule=self._sentences(1000 + seed))
         return float(trainer.callback_metrics["train/loss"])
 
+    @torch.no_grad()
+    def loss(self, student: PreTrainedModel, seed: int) -> float:
+        """Return the squared distance from the teacher's outputs on the batches that healing would take next."""
+        batches = self._batches(1000 + seed, self._budget.steps, self._budget.choosing_batches)
+        inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        student.eval()
+        distances = [(student(**each).logits - self.teacher(**each).logits).square().mean() for each in inputs]
+        return float(torch.stack(distances).mean())
+
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the task's metrics on the development set."""
         scores = score(FineTuningModule(model), self._sentences(0))
         return {name.removeprefix("val/"): value for name, value in scores.items()}
+
+    def _batches(self, seed: int, first: int, count: int) -> list[dict[str, Tensor]]:
+        data = self._sentences(seed)
+        data.prepare_data()
+        data.setup("fit")
+        return list(itertools.islice(data.train_dataloader(), first, first + count))
 
     def _sentences(self, seed: int) -> GLUEDataModule:
         return GLUEDataModule(
