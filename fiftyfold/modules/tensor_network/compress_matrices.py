@@ -24,6 +24,7 @@ from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, mem
 from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
 from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
 from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form, has_chain, whole_matrix
+from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
     PIVOTS,
@@ -45,6 +46,7 @@ from fiftyfold.modules.tensor_network.moments import (
     collect_moments,
 )
 from fiftyfold.modules.tensor_network.objective import least_squares
+from fiftyfold.modules.tensor_network.sensitivity import outputs_of
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import install_networks, network_operation, read_forms
@@ -299,15 +301,22 @@ def _compressed_copy(
         orders = sort_channels(student, small, batches, functools.partial(_first_error, sizes, plan))
     results: dict[str, CompressedMatrix] = {}
     stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(layers, names)
+    finished = _finished(model, student, batches[0]) if plan.compressed_prefix else {}
     for stage in stages:
         source, reference = (student, model) if plan.compressed_prefix and results else (model, None)
-        moments = collect_moments(source, stage, batches, reference, last=stage[-1] if plan.compressed_prefix else None)
+        last = stage[-1] if plan.compressed_prefix else None
+        moments = collect_moments(source, stage, batches, reference, last=last, finished=finished)
         for name in stage:
             known = moments.pop(name)
             if (order := orders.columns.get(name)) is not None:
                 known = known.reordered(order, both=source is model)
             results[name] = _compress(layers[name], known, sizes[name], plan)
     return student, {name: results[name] for name in names}, orders
+
+
+def _finished(model: nn.Module, student: nn.Module, batch: Batch) -> dict[nn.Module, FinishedLayers]:
+    found = finished_layers(model, lambda: outputs_of(model, batch).values)
+    return {model: found, student: same_layers(found, student)}
 
 
 def _first_error(sizes: Mapping[str, float], plan: _Plan, name: str, matrix: torch.Tensor, metric: Metric) -> float:

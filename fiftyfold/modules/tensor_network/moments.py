@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.targets import named_layers
+from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers
 
 Batch = torch.Tensor | Mapping[str, Any]
 """What a model is called with: a tensor, or arguments by name; an ``attention_mask`` says which tokens are real."""
@@ -60,13 +61,17 @@ class _Sums:
         self.inputs, self.cross = (torch.zeros(size, size, dtype=kind, device=device) for _ in range(2))
         self.first, self.second = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
 
-    def add(self, original: torch.Tensor, compressed: torch.Tensor) -> None:
-        x, y = original.to(self.inputs.dtype), compressed.to(self.inputs.dtype)
+    def add(self, original: torch.Tensor | None, compressed: torch.Tensor) -> None:
+        y = compressed.to(self.inputs.dtype)
         self.inputs.addmm_(y.T, y)
-        self.cross.addmm_(x.T, y)
-        self.first += x.sum(0)
         self.second += y.sum(0)
-        self.count += len(x)
+        self.count += len(y)
+        if original is None:
+            self.cross, self.first = self.inputs, self.second
+        else:
+            x = original.to(self.inputs.dtype)
+            self.cross.addmm_(x.T, y)
+            self.first += x.sum(0)
 
     def result(self, centred: bool) -> Moments:
         first, second = (mean / self.count for mean in (self.first, self.second))
@@ -87,7 +92,9 @@ def collect_moments(
     names: Sequence[str],
     batches: Iterable[Batch],
     original: nn.Module | None = None,
+    *,
     last: str | None = None,
+    finished: Mapping[nn.Module, FinishedLayers] | None = None,
 ) -> dict[str, Moments]:
     """Run a model over calibration batches and return the moments of the inputs of some of its linear layers.
 
@@ -97,19 +104,24 @@ def collect_moments(
         batches: what the model is called with.
         original: the model before compression; by default the model itself.
         last: a layer after whose call the rest of the forward pass is of no interest.
+        finished: what is known of each model's layers before those of these names, which will not change any more.
 
     Raises:
         FiftyfoldError: if no token reaches a layer, or its inputs are not finite.
     """
     sums: dict[str, _Sums] = {}
-    for batch in batches:
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        compressed = _inputs_of(model, names, batch, mask, last)
-        before = compressed if original is None else _inputs_of(original, names, batch, mask, last)
+    keepers = finished or {}
+    for number, batch in enumerate(batches):
+        with _running(keepers.get(model), model, names, number):
+            compressed = _inputs_of(model, names, batch, last)
+        before: dict[str, torch.Tensor] = {}
+        if original is not None:
+            with _running(keepers.get(original), original, names, number):
+                before = _inputs_of(original, names, batch, last)
         for name, values in compressed.items():
             if not bool(values.isfinite().all()):
                 raise FiftyfoldError(f"the inputs of {name!r} are not finite on the calibration text.")
-            sums.setdefault(name, _Sums(values.shape[1], values.device)).add(before[name], values)
+            sums.setdefault(name, _Sums(values.shape[1], values.device)).add(before.get(name), values)
     if missing := [name for name in names if name not in sums or not sums[name].count]:
         raise FiftyfoldError(
             f"no token of the calibration text reaches {missing[0]!r}; give batches that are not empty, or exclude it."
@@ -183,9 +195,15 @@ def check_batches(batches: Iterable[Batch]) -> list[Batch]:
     return found
 
 
-def _inputs_of(
-    model: nn.Module, names: Sequence[str], batch: Batch, mask: torch.Tensor | None, last: str | None
-) -> dict[str, torch.Tensor]:
+def _running(
+    keeper: FinishedLayers | None, model: nn.Module, names: Sequence[str], number: int
+) -> AbstractContextManager[None]:
+    layers = dict(named_layers(model))
+    return nullcontext() if keeper is None else keeper.running([layers[name] for name in names], number)
+
+
+def _inputs_of(model: nn.Module, names: Sequence[str], batch: Batch, last: str | None) -> dict[str, torch.Tensor]:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, x: torch.Tensor) -> None:

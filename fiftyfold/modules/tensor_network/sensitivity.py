@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.targets import named_layers
+from fiftyfold.modules.tensor_network.finished_layers import finished_layers
 from fiftyfold.modules.tensor_network.layers import matrix_of
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, call, collect_moments
@@ -55,18 +56,20 @@ def measured_sensitivity(
     """
     few = list(batches)[:_BATCHES]
     before = [outputs_of(model, batch) for batch in few]
+    finished = finished_layers(model, lambda: outputs_of(model, few[0]).values)
     layers = dict(named_layers(model))
     weights = {}
     for name, curve in curves.items():
         layer, rank = layers[name], max(1, ranks[name])
-        moments = collect_moments(model, [name], few, last=name)[name]
+        moments = collect_moments(model, [name], few, last=name, finished={model: finished})[name]
         directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()), rank)
         mean = (matrix_of(layer).double() @ moments.original_mean).float()
         handle = layer.register_forward_hook(_projection(layer, directions, mean))
+        deviations = []
         try:
-            deviations = [
-                deviation(first, outputs_of(model, batch), batch) for first, batch in zip(before, few, strict=True)
-            ]
+            for number, batch in enumerate(few):
+                with finished.running([layer], number):
+                    deviations.append(deviation(before[number], outputs_of(model, batch), batch))
         finally:
             handle.remove()
         weights[name] = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
