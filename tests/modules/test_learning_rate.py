@@ -37,7 +37,8 @@ def test_every_stage_begins_anew():
     assert factors[:3] == [0.0, 0.5, 1.0]
 
 
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(200, 100_000))
+# The smallest stage has more than one step: 0.1 of 40.1 shares of 500. One of less may be rounded away, and is refused.
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(500, 100_000))
 def test_stages_divide_the_steps_in_proportion(shares, total):
     ends = stage_ends(shares, total)
     assert ends[-1] == total
