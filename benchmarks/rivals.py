@@ -12,7 +12,13 @@ from fiftyfold.modules import quantize, tensorize
 from fiftyfold.modules.structure import apply_operation
 from fiftyfold.modules.tensor_network.decomposition import balanced
 from fiftyfold.modules.tensor_network.form import NetworkForm, low_rank_form
-from fiftyfold.modules.tensor_network.layers import flat_numbers, matrix_of, matrix_shape
+from fiftyfold.modules.tensor_network.layers import (
+    change_gauge,
+    flat_numbers,
+    matrix_of,
+    matrix_shape,
+    network_layers,
+)
 from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import OPERATION, network_operation
@@ -49,6 +55,9 @@ def compress(student: nn.Module, method: str, share: float, bits: int, grams: Gr
         # Numbers of half the bytes: twice as many.
         METHODS[method](student, share * 16 / bits, grams)
     if bits < 16:
+        if "gauge" in method:
+            for _, layer in network_layers(student):
+                change_gauge(layer, "fixed")
         quantize(student, weight_bits=bits, activation_bits=None, granularity="per_channel", targets=targets)
 
 

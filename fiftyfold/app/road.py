@@ -99,6 +99,8 @@ def build_module(recipe: Recipe) -> DistillationModule:
         layers=recipe.layers,
         keep=recipe.keep,
         stages=recipe.stages,
+        attention_weight=recipe.attention_weight,
+        logit_weight=recipe.logit_weight,
         warmup=recipe.warmup,
         optimizer=_optimizer(recipe),
     )
