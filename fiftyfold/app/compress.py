@@ -22,8 +22,6 @@ def compress(
     keep: int | None = None,
     targets: str | list[str] = "default",
     stages: Literal[1, 2, 3] = 1,
-    attention_weight: float = 1.0,
-    logit_weight: float = 1.0,
     epochs: int = 6,
     batch_size: int = 32,
     learning_rate: float = 1e-4,
@@ -51,9 +49,6 @@ def compress(
         keep: how many layers to keep, with every-other, first or last.
         targets: modules to quantize: default, xtc, or regular expressions on their names.
         stages: stages of distillation; XTC uses one.
-        attention_weight: weight of the loss on attention scores, where that on hidden states has 1. The scores may be
-            large: where the predictions hardly learn, try 0.1.
-        logit_weight: weight of the loss on the predictions.
         epochs: passes over the training data.
         batch_size: sentences a step.
         learning_rate: peak of the linear warm-up and decay.
@@ -77,8 +72,6 @@ def compress(
         keep=keep,
         targets=targets,
         stages=stages,
-        attention_weight=attention_weight,
-        logit_weight=logit_weight,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

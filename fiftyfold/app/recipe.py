@@ -25,8 +25,6 @@ class Recipe:
     keep: int | None = None
     targets: str | list[str] = "default"
     stages: int = 1
-    attention_weight: float = 1.0
-    logit_weight: float = 1.0
     epochs: int = 6
     batch_size: int = 32
     learning_rate: float = 1e-4

@@ -99,8 +99,6 @@ def build_module(recipe: Recipe) -> DistillationModule:
         layers=recipe.layers,
         keep=recipe.keep,
         stages=recipe.stages,
-        attention_weight=recipe.attention_weight,
-        logit_weight=recipe.logit_weight,
         warmup=recipe.warmup,
         optimizer=_optimizer(recipe),
     )
