@@ -56,6 +56,7 @@ def compress(student: nn.Module, method: str, share: float, bits: int, grams: Gr
         METHODS[method](student, share * 16 / bits, grams)
     if bits < 16:
         if "gauge" in method:
+            # Quantized numbers cannot be brought to another gauge at export: it must be fixed before.
             for _, layer in network_layers(student):
                 change_gauge(layer, "fixed")
         quantize(student, weight_bits=bits, activation_bits=None, granularity="per_channel", targets=targets)
