@@ -39,27 +39,28 @@ PLAIN_BITS = {"int8": 8, "int4": 4}
 
 
 def compress(student: nn.Module, method: str, share: float, bits: int, grams: Grams) -> None:
-    """Compress the matrices of the stacked layers.
+    """Compress the matrices of the stacked layers, whose numbers :func:`quantize_numbers` brings to few bits.
 
     Args:
         student: changed in place.
-        method: one of :data:`METHODS` or :data:`PLAIN_BITS`, or ``"dense"``, which changes nothing.
-        share: bytes to keep, of those in 16 bits.
-        bits: of a number.
+        method: one of :data:`METHODS`; others change nothing here.
+        share: bytes to keep, of those in 16 bits; scales come on top.
+        bits: that a number will have.
         grams: what whitened methods need.
     """
-    if method == "dense":
-        return
-    targets = [f"^{name}$".replace(".", r"\.") for name in find_matrices(student)]
     if method in METHODS:
         # Numbers of half the bytes: twice as many.
         METHODS[method](student, share * 16 / bits, grams)
-    if bits < 16:
-        if "gauge" in method:
-            # Quantized numbers cannot be brought to another gauge at export: it must be fixed before.
-            for _, layer in network_layers(student):
-                change_gauge(layer, "fixed")
-        quantize(student, weight_bits=bits, activation_bits=None, granularity="per_channel", targets=targets)
+
+
+def quantize_numbers(student: nn.Module, method: str, bits: int) -> None:
+    """Quantize by row what :func:`compress` left of the matrices of the stacked layers, in place."""
+    targets = [f"^{name}$".replace(".", r"\.") for name in find_matrices(student)]
+    if "gauge" in method:
+        # Quantized numbers cannot be brought to another gauge at export: it must be fixed before.
+        for _, layer in network_layers(student):
+            change_gauge(layer, "fixed")
+    quantize(student, weight_bits=bits, activation_bits=None, granularity="per_channel", targets=targets)
 
 
 def whitened_svd(model: nn.Module, share: float, grams: Grams, *, fixed: bool) -> None:

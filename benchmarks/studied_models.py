@@ -53,6 +53,8 @@ class TextBudget:
     block_steps: int = 30
     batch_size: int = 8
     learning_rates: tuple[float, ...] = (6e-3, 1.5e-3)
+    low_bit_rates: tuple[float, ...] = (5e-4,)
+    """Tried besides where numbers have less than 16 bits: models that begin well."""
 
 
 class StudiedLanguageModel:
@@ -136,6 +138,7 @@ class ClassifierBudget:
     steps: int = 60
     batch_size: int = 32
     learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    low_bit_rates: tuple[float, ...] = ()
     choosing_batches: int = 16
 
 

@@ -29,11 +29,15 @@ from fiftyfold.modules import (
     tensorize,
 )
 from fiftyfold.modules.packed.contents import round_rest
+from fiftyfold.modules.packed.report import ExportReport
 from fiftyfold.modules.pretrained import Objective, load_language_model
 from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linears
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.tensor_network.layers import network_layers
 from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
+
+WHOLE_BITS = (3, 4, 8)
+"""In which a matrix may stay whole, where cores are quantized."""
 
 DECOMPOSED = "decomposed"
 """Folder, below the work folder, of the model as it is before it is healed."""
@@ -77,9 +81,9 @@ class TensorizeRecipe:
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise FiftyfoldError(f"epochs is {self.epochs}, but cannot be negative.")
-        if self.core_bits is not None and self.epochs == 0:
-            raise FiftyfoldError("core_bits quantizes in training: give epochs of at least 1.")
         by_weights = self.method == "weights"
+        if by_weights and self.core_bits is not None and self.epochs == 0:
+            raise FiftyfoldError("core_bits quantizes networks cut by their weights in training: give epochs.")
         check_arguments(self.cores if by_weights else 2, 1, self.keep, self.split if by_weights else "even")
         if not self.learning_rate > 0:
             raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
@@ -116,8 +120,8 @@ def tensorize_command(
     Args:
         model: a folder or a hub id.
         data: text to heal on: a file, a folder with train and valid files, or a hub id.
-        keep: share of the matrices' bytes in 16 bits that their networks may take, for activations; share of each
-            matrix's numbers, for weights.
+        keep: share of the matrices' bytes in 16 bits that may be left, for activations; share of each matrix's numbers,
+            for weights.
         output: folder for the compressed model; by default the model's name with the share appended.
         method: activations spreads one budget over all matrices and solves for their outputs on the text; weights cuts
             each matrix alone by singular values, as CompactifAI does.
@@ -132,7 +136,8 @@ def tensorize_command(
         batch_size: sequences a step.
         sequence_length: tokens a sequence; by default what the model reads, at most 512.
         limit_train: heal on so many sequences only.
-        core_bits: 8 trains the cores under 8-bit quantizers and packs them.
+        core_bits: 8 trains the cores under 8-bit quantizers and packs them. For activations, the share counts their 8
+            bits, and a matrix stays whole in 3, 4 or 8 bits where that is nearer: the best way to a small file.
         rest_bits: hold dense linear layers that are left in 4 or 8 bits, by bitsandbytes, after healing.
         document_separator: what stands between two documents of a .txt file.
         text_column: where JSON objects, parquet files and the hub's sets have their text.
@@ -192,20 +197,27 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     with work_folder(work, options, keeps=DECOMPOSED) as resume_from:
         _decompose(recipe, teacher, text, work / DECOMPOSED)
         decomposed = _score(load(work / DECOMPOSED), text, recipe.objective)
-        student = _heal(recipe, text, work, resume_from)
-        if recipe.rest_bits is not None:
-            quantize_bitsandbytes(student, recipe.rest_bits)
-        # What goes to disk is what is scored.
-        round_rest(student)
+        student, healed = _heal(recipe, text, work, resume_from), recipe.epochs > 0
         scores = {"original": before, "decomposed": decomposed}
-        report = {"recipe": options, "scores": scores}
-        aside = work / "packed"
-        written = export(student, aside, tokenizer=text.tokenizer, report=report, overwrite=True)
-        after = _score(load(aside), text, recipe.objective)
+        report, aside = {"recipe": options, "scores": scores}, work / "packed"
+        written, after = _pack(recipe, student, text, aside, report)
+        if healed and not _quantizes_in_training(recipe) and not _at_least_as_good(after, decomposed):
+            shown = f"{decomposed['val/perplexity']:.2f} → {after['val/perplexity']:.2f}"
+            print(
+                f"Healing made it worse (perplexity {shown}): what was decomposed is kept. A lower learning_rate, or more "
+                "text, may help."
+            )
+            student, healed = load(work / DECOMPOSED, trainable=True), False
+            written, after = _pack(recipe, student, text, aside, report)
         rows = [
             Row("original", before["val/accuracy"], weights_bytes(recipe.model), count_numbers(teacher)),
             Row("decomposed", decomposed["val/accuracy"]),
-            Row("healed, exported", after["val/accuracy"], written.file_bytes, count_numbers(student)),
+            Row(
+                "healed, exported" if healed else "exported",
+                after["val/accuracy"],
+                written.file_bytes,
+                count_numbers(student),
+            ),
         ]
         put_in_place(aside, folder, rows, metric="accuracy", scores=scores | {"exported": after})
     show(rows, "accuracy", folder)
@@ -234,6 +246,32 @@ def count_numbers(model: torch.nn.Module) -> int:
     return model_size(model).parameters
 
 
+def _pack(
+    recipe: TensorizeRecipe,
+    student: PreTrainedModel,
+    text: LanguageModelingDataModule,
+    folder: Path,
+    report: dict[str, Any],
+) -> tuple[ExportReport, dict[str, float]]:
+    """Export a student, and score what was written."""
+    if recipe.rest_bits is not None:
+        quantize_bitsandbytes(student, recipe.rest_bits)
+    # What goes to disk is what is scored.
+    round_rest(student)
+    written = export(student, folder, tokenizer=text.tokenizer, report=report, overwrite=True)
+    return written, _score(load(folder), text, recipe.objective)
+
+
+def _at_least_as_good(scores: dict[str, float], others: dict[str, float]) -> bool:
+    # What is not a number is worse.
+    return scores["val/perplexity"] <= others["val/perplexity"]
+
+
+def _quantizes_in_training(recipe: TensorizeRecipe) -> bool:
+    """Tell whether what was decomposed is not as small yet as it is to become."""
+    return recipe.core_bits is not None and recipe.method == "weights"
+
+
 def _decompose(
     recipe: TensorizeRecipe, teacher: PreTrainedModel, text: LanguageModelingDataModule, folder: Path
 ) -> None:
@@ -241,7 +279,9 @@ def _decompose(
         return
     student = copy.deepcopy(teacher)
     if recipe.method == "activations":
-        compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude)
+        bits, whole = (16, ()) if recipe.core_bits is None else (recipe.core_bits, WHOLE_BITS)
+        calibration = _calibration(text)
+        compress_matrices(student, calibration, recipe.keep, factor_bits=bits, whole_bits=whole, exclude=recipe.exclude)
     else:
         tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
     if recipe.rest_bits is not None and not dense_linears(student):
@@ -267,7 +307,7 @@ def _heal(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
     )
     callbacks: tuple[QuantizationAwareTraining, ...] = ()
-    if recipe.core_bits is not None:
+    if recipe.core_bits is not None and _quantizes_in_training(recipe):
         names = [rf"^{name}$".replace(".", r"\.") for name, _ in network_layers(module.student)]
         callbacks = (
             QuantizationAwareTraining(

@@ -65,7 +65,7 @@ class MatrixCompression(OperationCallback):
         keep: float = 0.3,
         *,
         batches: int = 16,
-        allocation: Allocation = "model",
+        allocation: Allocation = "outputs",
         families: Sequence[Family] = FAMILIES_BY_DEFAULT,
         targets: Targets = "default",
         exclude: Targets = (),

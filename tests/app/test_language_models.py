@@ -293,11 +293,21 @@ def tensorize_words(*more: str) -> list[str]:
     [
         (),
         ("--method", "weights"),
+        ("--core_bits", "8"),
+        ("--core_bits", "8", "--epochs", "0"),
         ("--method", "weights", "--core_bits", "8", "--block_share", "0"),
         ("--method", "weights", *"--exclude [down_proj] --rest_bits 4 --cores 2 --split low_rank".split()),
         ("--epochs", "0"),
     ],
-    ids=["by activations", "by weights", "8-bit cores", "rest in 4 bits", "not healed"],
+    ids=[
+        "by activations",
+        "by weights",
+        "few bits by activations",
+        "few bits, not healed",
+        "8-bit cores by weights",
+        "rest in 4 bits",
+        "not healed",
+    ],
 )
 def test_a_language_model_in_one_line(place: Path, more: tuple[str, ...], capsys) -> None:
     assert main(tensorize_words(*more)) == 0
@@ -311,6 +321,30 @@ def test_a_language_model_in_one_line(place: Path, more: tuple[str, ...], capsys
     model = AutoModelForCausalLM.from_pretrained("small")
     assert model.generate(torch.tensor([[1, 5]]), max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 6)
     assert main(tensorize_words(*more)) == 1, "nothing is overwritten"
+
+
+@pytest.mark.parametrize("more", [(), ("--core_bits", "8")], ids=["16 bits", "few bits"])
+def test_healing_that_makes_it_worse_is_not_kept(place: Path, more: tuple[str, ...], monkeypatch, capsys) -> None:
+    from safetensors.torch import load_file
+
+    from fiftyfold.app import tensorize
+
+    assert main(tensorize_words("--epochs", "0", *more)) == 0
+    Path("small").rename("unhealed")
+    heal = tensorize._heal
+
+    def spoil(*arguments):
+        student = heal(*arguments)
+        for parameter in student.parameters():
+            parameter.data.mul_(50)
+        return student
+
+    monkeypatch.setattr(tensorize, "_heal", spoil)
+    assert main(tensorize_words(*more)) == 0
+    assert "Healing made it worse" in capsys.readouterr().out
+    unhealed = load_file("unhealed/model.safetensors")
+    for name, tensor in load_file("small/model.safetensors").items():
+        assert torch.equal(tensor, unhealed[name]), name
 
 
 def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatch) -> None:
@@ -372,7 +406,7 @@ def test_impossible_orders_are_refused_before_anything_is_written(place: Path, c
     for more, message in (
         (("--keep", "1.5"), "between 0 and 1"),
         (("--rest_bits", "8", "--exclude", "[absent]"), "absent"),
-        (("--epochs", "0", "--core_bits", "8"), "core_bits"),
+        (("--epochs", "0", "--core_bits", "8", "--method", "weights"), "core_bits"),
         (("--method", "weights", "--cores", "1"), "cores"),
         (("--sequence_length", "41"), "reads at most 40"),
         (("--keep", ".nan"), "between 0 and 1"),

@@ -8,10 +8,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fiftyfold.kernels.packing import packed_bytes
+from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
+from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import named_layers
+from fiftyfold.modules.sizes import SCALE_BYTES
 from fiftyfold.modules.tensor_network.allocation import Option, allocate
 from fiftyfold.modules.tensor_network.families import largest_rank, low_rank_curve
 from fiftyfold.modules.tensor_network.layers import matrix_shape
+from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
 from fiftyfold.modules.tensor_network.objective import least_squares
 from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
@@ -27,7 +32,7 @@ even loss better than one that a few matrices bear, however little they seem to 
 DENSE_BYTES = 2
 """Of one number of a matrix that stays as it is."""
 
-_SPREAD = 1.5
+_SPREAD = 1.2
 _STEPS = 6
 _LARGEST_MOMENTS = 2 * 2**30
 
@@ -40,6 +45,7 @@ def spread_bytes(
     keep: float,
     allocation: Allocation,
     bits: int,
+    whole_bits: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return the bytes that each matrix may take.
 
@@ -49,7 +55,8 @@ def spread_bytes(
         batches: calibration text.
         keep: share of the bytes that the matrices take in 16 bits.
         allocation: how the bytes are spread.
-        bits: of one number.
+        bits: of one number of a network.
+        whole_bits: in which a matrix may stay whole.
 
     Raises:
         FiftyfoldError: if the budget cannot be met.
@@ -59,15 +66,22 @@ def spread_bytes(
     if allocation == "uniform":
         return {name: keep * size for name, size in dense.items()}
     curves: dict[str, torch.Tensor] = {}
+    wholes: dict[str, list[Option]] = {}
     for group in memory_groups(layers, names):
         for name, moments in collect_moments(model, group, batches).items():
-            curves[name] = low_rank_curve(*least_squares(layers[name], moments))
+            target, metric = least_squares(layers[name], moments)
+            curves[name] = low_rank_curve(target, metric)
+            wholes[name] = [_whole(target, metric, width) for width in whole_bits]
     weights = dict.fromkeys(names, 1.0)
     if allocation == "model":
         ranks = {name: largest_rank(matrix_shape(layers[name]), keep * dense[name], bits) for name in names}
         weights = measured_sensitivity(model, batches, curves, ranks)
     options = [
-        _options(matrix_shape(layers[name]), curves[name] * weights[name], dense[name], keep, bits) for name in names
+        [
+            *_options(matrix_shape(layers[name]), curves[name] * weights[name], dense[name], keep, bits),
+            *(Option(each.bytes, each.cost * weights[name]) for each in wholes[name]),
+        ]
+        for name in names
     ]
     chosen = allocate(options, keep * sum(dense.values()))
     return {name: each[index].bytes for name, each, index in zip(names, options, chosen, strict=True)}
@@ -78,6 +92,18 @@ def _options(shape: tuple[int, int], costs: torch.Tensor, dense: float, keep: fl
     ranks = {share: largest_rank(shape, share * dense, bits) for share in shares if share < 1}
     found = [Option(share * dense, float(costs[rank])) for share, rank in ranks.items() if rank]
     return [*found, Option(dense, 0.0)] if keep * _SPREAD >= 1 or not found else found
+
+
+def whole_bytes(shape: tuple[int, int], bits: int) -> int:
+    """Return what a file holds for a matrix that stays whole in so many bits, its scales by row included."""
+    rows, columns = shape
+    return packed_bytes(rows * columns, bits) + rows * SCALE_BYTES
+
+
+def _whole(matrix: torch.Tensor, metric: Metric, bits: int) -> Option:
+    """Return the relative squared error of rounding to the nearest; what is done later is better."""
+    rounded = dequantize_weight(*quantize_weight(matrix, WeightSettings(bits, "per_channel")), matrix.dtype)
+    return Option(whole_bytes((matrix.shape[0], matrix.shape[1]), bits), metric.relative_error(matrix, rounded) ** 2)
 
 
 def memory_groups(layers: Mapping[str, nn.Module], names: Sequence[str]) -> list[list[str]]:

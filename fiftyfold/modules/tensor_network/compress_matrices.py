@@ -7,23 +7,33 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.quantize import quantize
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
+from fiftyfold.modules.quantization.rounding import round_to_grid
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
-from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, memory_groups, spread_bytes
+from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, memory_groups, spread_bytes, whole_bytes
 from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
 from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
-from fiftyfold.modules.tensor_network.families import FAMILIES, Family, best_form, has_chain, whole_matrix
+from fiftyfold.modules.tensor_network.families import (
+    FAMILIES,
+    Family,
+    best_form,
+    has_chain,
+    largest_rank,
+    low_rank_curve,
+    whole_matrix,
+)
 from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
@@ -58,6 +68,9 @@ FAMILIES_BY_DEFAULT: tuple[Family, ...] = ("svd", "sum20", "sum50")
 """Chains alone are left out: the sums come near to what they do, and rarely lose to them."""
 
 _FACTOR_BITS = (8, 16)
+_WHOLE_BITS = (3, 4, 8)
+_CLEARLY_NEARER = 0.5
+"""Where rounding a whole matrix has at most so much of low rank's squared error, no other form is tried."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +78,17 @@ class CompressedMatrix:
     """What became of one matrix.
 
     Attributes:
-        form: its tensor network; nothing if it stayed dense.
+        form: its tensor network; nothing if it stayed whole.
         bytes: that a file holds for it.
         error: relative error of the layer's outputs on the calibration text, against the original model's, with the
             inputs that the compressed model gives it.
+        whole_bits: of its numbers where it stayed whole and is quantized; nothing otherwise.
     """
 
     form: NetworkForm | None
     bytes: int
     error: float
+    whole_bits: int | None = None
 
 
 def compress_matrices(
@@ -82,8 +97,9 @@ def compress_matrices(
     keep: float = 0.3,
     *,
     families: Sequence[Family] = FAMILIES_BY_DEFAULT,
-    allocation: Allocation = "model",
+    allocation: Allocation = "outputs",
     factor_bits: int = 16,
+    whole_bits: Sequence[int] = (),
     compressed_prefix: bool = True,
     sweeps: int = SWEEPS,
     targets: Targets = "default",
@@ -106,6 +122,8 @@ def compress_matrices(
         allocation: how the bytes are spread; see :data:`Allocation`.
         factor_bits: 16, or 8 for factors that are quantized by row. They then stand under the quantizer, ready for
             quantization-aware training, and the log gets an entry for that as well.
+        whole_bits: of 3, 4 and 8, in which bits a matrix may stay whole, rounded by row in the same metric, where that
+            is nearer than a network of its number of bytes. Such layers, too, stand under their quantizers then.
         compressed_prefix: whether each layer sees the inputs of the compressed model; otherwise the original's, which
             takes one pass over the text in place of two for each layer.
         sweeps: of the alternating least squares.
@@ -129,6 +147,7 @@ def compress_matrices(
         families=families,
         allocation=allocation,
         factor_bits=factor_bits,
+        whole_bits=whole_bits,
         compressed_prefix=compressed_prefix,
         sweeps=sweeps,
         targets=targets,
@@ -136,13 +155,13 @@ def compress_matrices(
     )
     apply_operation(model, compression.operation(step), [] if optimizer is None else [optimizer])
     compression.give_values(model, [] if optimizer is None else [optimizer])
-    if factor_bits < 16:
+    for bits, names in compression.quantized(factor_bits).items():
         quantize(
             model,
-            weight_bits=factor_bits,
+            weight_bits=bits,
             activation_bits=None,
             granularity="per_channel",
-            targets=[f"^{re.escape(name)}$" for name in compression.values],
+            targets=[f"^{re.escape(name)}$" for name in names],
             step=step,
         )
     return compression.results
@@ -165,7 +184,7 @@ class Compression:
 
     Attributes:
         results: what becomes of each matrix, by the layer's name.
-        values: the state dict of each layer that gets a network, by its name.
+        values: the state dict of each layer that gets a network, or is rounded, by its name.
         orders: of the channels that were sorted between these layers; their networks and biases have it already.
     """
 
@@ -186,9 +205,15 @@ class Compression:
         errors = {name: round(found[name].error, 6) for name in found}
         return network_operation(OPERATION, forms, step) | {"errors": errors}
 
+    def quantized(self, factor_bits: int) -> dict[int, list[str]]:
+        """Return which layers are to be quantized by row, by the bits of their numbers."""
+        bits = {name: result.whole_bits or factor_bits for name, result in self.results.items() if name in self.values}
+        widths = sorted(set(bits.values()) - {16}, reverse=True)
+        return {width: [name for name, own in bits.items() if own == width] for width in widths}
+
     @torch.no_grad()
     def give_values(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Fill the networks of ``model``, which has had the operation; its training goes on from there.
+        """Fill the changed layers of ``model``, which has had the operation; its training goes on from there.
 
         Args:
             model: changed in place.
@@ -201,19 +226,27 @@ class Compression:
         permute_bias_state(model, self.orders, optimizers)
 
 
-def check_arguments(keep: float, *, factor_bits: int = 16, **arguments: Unpack[CompressionArguments]) -> None:
+def check_arguments(
+    keep: float,
+    *,
+    factor_bits: int = 16,
+    whole_bits: Sequence[int] = (),
+    **arguments: Unpack[CompressionArguments],
+) -> None:
     """Refuse arguments that no model could make good.
 
     Raises:
         FiftyfoldError: naming the argument.
     """
-    plan = _Plan(bits=factor_bits, **arguments)
+    plan = _Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
         raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
     if not plan.families or any(family not in FAMILIES for family in plan.families):
         raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(plan.families)}.")
     if plan.bits not in _FACTOR_BITS:
         raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.bits!r}.")
+    if any(bits not in _WHOLE_BITS for bits in plan.whole_bits):
+        raise FiftyfoldError(f"whole_bits must be some of 3, 4 and 8, not {list(plan.whole_bits)}.")
     if plan.allocation not in get_args(Allocation):
         allowed = ", ".join(map(repr, get_args(Allocation)))
         raise FiftyfoldError(f"allocation must be one of {allowed}, not {plan.allocation!r}.")
@@ -225,6 +258,7 @@ def plan_compression(
     keep: float = 0.3,
     *,
     factor_bits: int = 16,
+    whole_bits: Sequence[int] = (),
     **arguments: Unpack[CompressionArguments],
 ) -> Compression:
     """Find what :func:`compress_matrices` would carry out, and change nothing.
@@ -233,14 +267,16 @@ def plan_compression(
         FiftyfoldError: as :func:`compress_matrices` does.
     """
     check_order(structure_log(model), [OPERATION])
-    check_arguments(keep, factor_bits=factor_bits, **arguments)
-    plan = _Plan(bits=factor_bits, **arguments)
+    check_arguments(keep, factor_bits=factor_bits, whole_bits=whole_bits, **arguments)
+    plan = _Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        sizes = spread_bytes(model, names, found, keep=keep, allocation=plan.allocation, bits=factor_bits)
+        sizes = spread_bytes(
+            model, names, found, keep=keep, allocation=plan.allocation, bits=factor_bits, whole_bits=whole_bits
+        )
         student, results, orders = _compressed_copy(model, names, found, sizes, plan)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
@@ -252,7 +288,7 @@ def plan_compression(
     values = {
         name: {key: tensor.cpu() for key, tensor in layers[name].state_dict().items()}
         for name, result in results.items()
-        if result.form is not None
+        if result.form is not None or result.whole_bits is not None
     }
     if not values:
         raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
@@ -262,8 +298,9 @@ def plan_compression(
 @dataclass(frozen=True)
 class _Plan:
     bits: int
+    whole_bits: Sequence[int] = ()
     families: Sequence[Family] = FAMILIES_BY_DEFAULT
-    allocation: Allocation = "model"
+    allocation: Allocation = "outputs"
     compressed_prefix: bool = True
     sweeps: int = SWEEPS
     targets: Targets = "default"
@@ -295,7 +332,11 @@ def _compressed_copy(
 ) -> tuple[nn.Module, dict[str, CompressedMatrix], ChannelOrders]:
     student = copy.deepcopy(model)
     layers = dict(named_layers(student))
-    small = [name for name in names if not _stays_dense(layers[name], sizes[name])]
+    small = [
+        name
+        for name in names
+        if not _stays_dense(layers[name], sizes[name]) and not _widths(layers[name], sizes[name], plan)
+    ]
     orders = ChannelOrders()
     if has_chain(plan.families):
         orders = sort_channels(student, small, batches, functools.partial(_first_error, sizes, plan))
@@ -333,8 +374,41 @@ def _stays_dense(layer: nn.Module, size: float) -> bool:
 def _compress(layer: nn.Module, moments: Moments, size: float, plan: _Plan) -> CompressedMatrix:
     if _stays_dense(layer, size):
         return CompressedMatrix(None, DENSE_BYTES * math.prod(matrix_shape(layer)), 0.0)
-    original, old = matrix_of(layer), getattr(layer, "bias", None)
+    original = matrix_of(layer)
     target, metric = least_squares(layer, moments)
+    result = _keep_whole(layer, target, metric, size, plan) or _install_best(layer, target, metric, size, plan)
+    old, built = getattr(layer, "bias", None), matrix_of(layer).to(target.dtype)
+    if isinstance(old, torch.Tensor):
+        old.data = (old + original.double() @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
+    return replace(result, error=metric.relative_error(target, built))
+
+
+def _widths(layer: nn.Module, size: float, plan: _Plan) -> list[int]:
+    """Return the bits in which the layer's matrix may stay whole in so many bytes, the most first."""
+    # Nothing in the log makes a network dense again.
+    if isinstance(layer, TensorNetworkLayer):
+        return []
+    return [bits for bits in sorted(plan.whole_bits, reverse=True) if whole_bytes(matrix_shape(layer), bits) <= size]
+
+
+def _keep_whole(
+    layer: nn.Module, target: torch.Tensor, metric: Metric, size: float, plan: _Plan
+) -> CompressedMatrix | None:
+    """Round the matrix in place unless it is too large, or a network of its size may be nearer, as low rank tells."""
+    shape, widths = matrix_shape(layer), _widths(layer, size, plan)
+    if not widths:
+        return None
+    rounded = round_to_grid(target, metric.moment, widths[0])
+    low_rank = float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.bits)])
+    if metric.relative_error(target, rounded) ** 2 > _CLEARLY_NEARER * low_rank:
+        return None
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    weight.copy_(rounded.t() if isinstance(layer, Conv1D) else rounded)
+    return CompressedMatrix(None, whole_bytes(shape, widths[0]), 0.0, widths[0])
+
+
+def _install_best(layer: nn.Module, target: torch.Tensor, metric: Metric, size: float, plan: _Plan) -> CompressedMatrix:
     form, networks = best_form(target, metric, tuple(plan.families), size, plan.bits, sweeps=plan.sweeps)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
@@ -347,14 +421,9 @@ def _compress(layer: nn.Module, moments: Moments, size: float, plan: _Plan) -> C
     if isinstance(layer, TensorNetworkLayer):
         to_dense(layer)
     install_network(layer, form, nn.Parameter(numbers.to(weight.dtype), requires_grad=weight.requires_grad))
-    assert isinstance(layer, TensorNetworkLayer)
     if pivots is not None:
         layer.get_buffer(PIVOTS).copy_(pivots)
-    built = layer.dense_weight().to(target.dtype)
-    if isinstance(old, torch.Tensor):
-        old.data = (old + original.double() @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
-    error = metric.relative_error(target, built)
-    return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.bits), error)
+    return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.bits), 0.0)
 
 
 def _rounded(numbers: torch.Tensor, form: NetworkForm, bits: int) -> torch.Tensor:

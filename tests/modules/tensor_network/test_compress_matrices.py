@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import compress_matrices, export, load, tensorize
+from fiftyfold.modules import compress_matrices, export, load, quantize, tensorize
 from fiftyfold.modules.structure import loading_values, replay, structure_log
 from fiftyfold.modules.tensor_network.moments import call_order, collect_moments
 from tests.tiny import tiny_batch, tiny_bert, tiny_causal, tiny_model
@@ -81,6 +81,57 @@ def test_the_folder_gives_it_back(family, bits, tmp_path):
     torch.testing.assert_close(loaded(**TEXT[0]).logits, model(**TEXT[0]).logits, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.6])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_matrices_may_stay_whole_in_few_bits(family, keep, tmp_path):
+    model = tiny_model(family)
+    dense = {name: 2 * module.weight.numel() for name, module in model.named_modules() if hasattr(module, "weight")}
+    results = compress_matrices(model, TEXT, keep, factor_bits=8, whole_bits=(3, 4, 8), sweeps=1)
+    whole = {name: result.whole_bits for name, result in results.items() if result.form is None}
+    assert whole
+    quantized = {
+        name: entry["settings"][index]["weight"]["bits"]
+        for entry in structure_log(model)
+        if entry["op"] == "quantize"
+        for name, index in entry["targets"].items()
+    }
+    assert quantized == {name: result.whole_bits or 8 for name, result in results.items()}
+    assert sum(result.bytes for result in results.values()) <= keep * sum(dense[name] for name in results)
+    report = export(model, tmp_path / "out")
+    assert report.outputs_equal is True
+    assert report.part_bytes["packed_weights"] + report.part_bytes["scales"] == sum(r.bytes for r in results.values())
+    again = load(tmp_path / "out", trainable=True)
+    torch.testing.assert_close(again(**TEXT[0]).logits, model(**TEXT[0]).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_whole_matrix_is_nearer_than_a_network_and_than_plain_rounding(llama):
+    before, networks, plain = logits(llama), copy.deepcopy(llama), copy.deepcopy(llama)
+    compress_matrices(networks, TEXT, 0.4, factor_bits=8)
+    results = compress_matrices(llama, TEXT, 0.4, factor_bits=8, whole_bits=(4,), allocation="uniform")
+    assert {result.whole_bits for result in results.values()} == {4}
+    quantize(plain, weight_bits=4, activation_bits=None, granularity="per_channel", targets=list(results))
+    assert deviation(llama, before) < deviation(plain, before)
+    assert deviation(llama, before) < deviation(networks, before)
+
+
+def test_a_network_does_not_become_whole(llama):
+    tensorize(llama, 2, keep=0.9, split="low_rank", targets=["q_proj"])
+    results = compress_matrices(llama, TEXT, 0.4, factor_bits=8, whole_bits=(4,), allocation="uniform")
+    assert {name for name, result in results.items() if result.form is not None} == {
+        n for n in results if "q_proj" in n
+    }
+
+
+def test_an_optimizer_trains_what_stayed_whole(llama):
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
+    results = compress_matrices(llama, TEXT, 0.4, factor_bits=8, whole_bits=(4,), optimizer=optimizer)
+    name = next(name for name, result in results.items() if result.whole_bits)
+    before = llama.get_submodule(name).weight.clone()
+    llama(input_ids=TEXT[0]["input_ids"]).logits.square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(llama.get_submodule(name).weight, before)
+
+
 def test_a_layers_bias_takes_up_the_mean():
     model = nn.Sequential(nn.Linear(12, 12))
     inputs = [torch.randn(200, 12) + 5]
@@ -132,6 +183,7 @@ def test_the_log_holds_the_results():
         (TEXT, {"keep": 1.5}, "keep must be a share"),
         (TEXT, {"families": ("tucker",)}, "families"),
         (TEXT, {"factor_bits": 4}, "factor_bits"),
+        (TEXT, {"whole_bits": (5,)}, "whole_bits"),
         (TEXT, {"targets": "embeddings"}, "is an embedding"),
     ],
 )
