@@ -204,8 +204,8 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
         if healed and not _quantizes_in_training(recipe) and not _at_least_as_good(after, decomposed):
             shown = f"{decomposed['val/perplexity']:.2f} → {after['val/perplexity']:.2f}"
             print(
-                f"Healing made it worse (perplexity {shown}): what was decomposed is kept. A lower learning_rate, or more "
-                "text, may help."
+                f"Healing made it worse (perplexity {shown}): what was decomposed is kept. A lower learning_rate, or "
+                "more text, may help."
             )
             student, healed = load(work / DECOMPOSED, trainable=True), False
             written, after = _pack(recipe, student, text, aside, report)
