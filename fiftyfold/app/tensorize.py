@@ -279,9 +279,11 @@ def _decompose(
         return
     student = copy.deepcopy(teacher)
     if recipe.method == "activations":
-        bits, whole = (16, ()) if recipe.core_bits is None else (recipe.core_bits, WHOLE_BITS)
-        calibration = _calibration(text)
-        compress_matrices(student, calibration, recipe.keep, factor_bits=bits, whole_bits=whole, exclude=recipe.exclude)
+        arguments: dict[str, Any] = {}
+        if recipe.core_bits is not None:
+            # Errors are small then, and what one matrix does alone tells what it does among the others.
+            arguments = {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS, "allocation": "model"}
+        compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude, **arguments)
     else:
         tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
     if recipe.rest_bits is not None and not dense_linears(student):

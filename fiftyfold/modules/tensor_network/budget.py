@@ -22,8 +22,10 @@ from fiftyfold.modules.tensor_network.objective import least_squares
 from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
 
 Allocation = Literal["model", "outputs", "uniform"]
-"""``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time. ``outputs``: where
-they lower the squared relative errors of the layers' outputs, known from one pass. ``uniform``: the same share for all.
+"""``outputs``: bytes go where they lower the squared relative errors of the layers' outputs, known from one pass.
+``model``: where they lower the whole model's deviation, measured one matrix at a time; better where errors stay small,
+as in few bits or in classifiers, and worse where all matrices together move a model much further than one does.
+``uniform``: the same share for all.
 
 The first two give no matrix less than two thirds or more than one and a half of the common share: training heals an
 even loss better than one that a few matrices bear, however little they seem to matter before it.
@@ -32,7 +34,7 @@ even loss better than one that a few matrices bear, however little they seem to 
 DENSE_BYTES = 2
 """Of one number of a matrix that stays as it is."""
 
-_SPREAD = 1.2
+_SPREAD = 1.5
 _STEPS = 6
 _LARGEST_MOMENTS = 2 * 2**30
 
@@ -65,20 +67,24 @@ def spread_bytes(
     dense = {name: DENSE_BYTES * matrix_shape(layers[name])[0] * matrix_shape(layers[name])[1] for name in names}
     if allocation == "uniform":
         return {name: keep * size for name, size in dense.items()}
+    shapes = {name: matrix_shape(layers[name]) for name in names}
     curves: dict[str, torch.Tensor] = {}
     wholes: dict[str, list[Option]] = {}
+    rounding: dict[str, float] = {}
     for group in memory_groups(layers, names):
         for name, moments in collect_moments(model, group, batches).items():
             target, metric = least_squares(layers[name], moments)
             curves[name] = low_rank_curve(target, metric)
-            wholes[name] = [_whole(target, metric, width) for width in whole_bits]
+            wholes[name] = [Option(whole_bytes(shapes[name], b), rounding_error(target, metric, b)) for b in whole_bits]
+            # Factors have an error of their own where they are quantized, however large their rank.
+            rounding[name] = rounding_error(target, metric, bits) if bits < 16 and whole_bits else 0.0
     weights = dict.fromkeys(names, 1.0)
     if allocation == "model":
-        ranks = {name: largest_rank(matrix_shape(layers[name]), keep * dense[name], bits) for name in names}
+        ranks = {name: largest_rank(shapes[name], keep * dense[name], bits) for name in names}
         weights = measured_sensitivity(model, batches, curves, ranks)
     options = [
         [
-            *_options(matrix_shape(layers[name]), curves[name] * weights[name], dense[name], keep, bits),
+            *_options(shapes[name], (curves[name] + rounding[name]) * weights[name], dense[name], keep, bits),
             *(Option(each.bytes, each.cost * weights[name]) for each in wholes[name]),
         ]
         for name in names
@@ -100,10 +106,10 @@ def whole_bytes(shape: tuple[int, int], bits: int) -> int:
     return packed_bytes(rows * columns, bits) + rows * SCALE_BYTES
 
 
-def _whole(matrix: torch.Tensor, metric: Metric, bits: int) -> Option:
-    """Return the relative squared error of rounding to the nearest; what is done later is better."""
+def rounding_error(matrix: torch.Tensor, metric: Metric, bits: int) -> float:
+    """Return the squared relative error in the metric of rounding a matrix by row to the nearest."""
     rounded = dequantize_weight(*quantize_weight(matrix, WeightSettings(bits, "per_channel")), matrix.dtype)
-    return Option(whole_bytes((matrix.shape[0], matrix.shape[1]), bits), metric.relative_error(matrix, rounded) ** 2)
+    return metric.relative_error(matrix, rounded) ** 2
 
 
 def memory_groups(layers: Mapping[str, nn.Module], names: Sequence[str]) -> list[list[str]]:

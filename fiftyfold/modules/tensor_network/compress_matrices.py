@@ -22,7 +22,14 @@ from fiftyfold.modules.quantization.rounding import round_to_grid
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
-from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation, memory_groups, spread_bytes, whole_bytes
+from fiftyfold.modules.tensor_network.budget import (
+    DENSE_BYTES,
+    Allocation,
+    memory_groups,
+    rounding_error,
+    spread_bytes,
+    whole_bytes,
+)
 from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
 from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
 from fiftyfold.modules.tensor_network.families import (
@@ -399,8 +406,10 @@ def _keep_whole(
     if not widths:
         return None
     rounded = round_to_grid(target, metric.moment, widths[0])
-    low_rank = float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.bits)])
-    if metric.relative_error(target, rounded) ** 2 > _CLEARLY_NEARER * low_rank:
+    bound = _CLEARLY_NEARER * float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.bits)])
+    if plan.bits < 16:
+        bound = max(bound, rounding_error(target, metric, plan.bits))
+    if metric.relative_error(target, rounded) ** 2 > bound:
         return None
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
