@@ -173,7 +173,7 @@ class Study:
         for rate in rates:
             students[rate] = copy.deepcopy(student)
             self.model.heal(students[rate], cell.seed, rate)
-        losses = {rate: self.model.loss(each, cell.seed) for rate, each in students.items()}
+        losses = {rate: self.model.loss(stored_form(each, cell), cell.seed) for rate, each in students.items()}
         best = min(losses, key=losses.__getitem__)
         return students[best], best, losses
 

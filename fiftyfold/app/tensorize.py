@@ -136,8 +136,9 @@ def tensorize_command(
         batch_size: sequences a step.
         sequence_length: tokens a sequence; by default what the model reads, at most 512.
         limit_train: heal on so many sequences only.
-        core_bits: 8 trains the cores under 8-bit quantizers and packs them. For activations, the share counts their 8
-            bits, and a matrix stays whole in 3, 4 or 8 bits where that is nearer: the best way to a small file.
+        core_bits: 8 quantizes the cores to 8 bits and packs them; training sees the quantizers. For activations, the
+            share counts these bytes, and a matrix stays whole in 3, 4 or 8 bits where that is nearer: the best way to a
+            small file.
         rest_bits: hold dense linear layers that are left in 4 or 8 bits, by bitsandbytes, after healing.
         document_separator: what stands between two documents of a .txt file.
         text_column: where JSON objects, parquet files and the hub's sets have their text.
@@ -201,14 +202,16 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
         scores = {"original": before, "decomposed": decomposed}
         report, aside = {"recipe": options, "scores": scores}, work / "packed"
         written, after = _pack(recipe, student, text, aside, report)
-        if healed and not _quantizes_in_training(recipe) and not _at_least_as_good(after, decomposed):
-            shown = f"{decomposed['val/perplexity']:.2f} → {after['val/perplexity']:.2f}"
-            print(
-                f"Healing made it worse (perplexity {shown}): what was decomposed is kept. A lower learning_rate, or "
-                "more text, may help."
-            )
-            student, healed = load(work / DECOMPOSED, trainable=True), False
-            written, after = _pack(recipe, student, text, aside, report)
+        if healed and not _quantizes_in_training(recipe) and not _is_better(after, decomposed):
+            unhealed, other = load(work / DECOMPOSED, trainable=True), work / "unhealed"
+            written_unhealed, without = _pack(recipe, unhealed, text, other, report)
+            if not _is_better(after, without):
+                shown = f"{without['val/perplexity']:.2f} → {after['val/perplexity']:.2f}"
+                print(
+                    f"Healing did not help (perplexity {shown}): what was decomposed is kept. A lower learning_rate "
+                    "or more text may."
+                )
+                student, healed, aside, written, after = unhealed, False, other, written_unhealed, without
         rows = [
             Row("original", before["val/accuracy"], weights_bytes(recipe.model), count_numbers(teacher)),
             Row("decomposed", decomposed["val/accuracy"]),
@@ -262,9 +265,8 @@ def _pack(
     return written, _score(load(folder), text, recipe.objective)
 
 
-def _at_least_as_good(scores: dict[str, float], others: dict[str, float]) -> bool:
-    # What is not a number is worse.
-    return scores["val/perplexity"] <= others["val/perplexity"]
+def _is_better(scores: dict[str, float], others: dict[str, float]) -> bool:
+    return scores["val/perplexity"] < others["val/perplexity"]
 
 
 def _quantizes_in_training(recipe: TensorizeRecipe) -> bool:

@@ -87,6 +87,15 @@ def quantize_weight(weight: torch.Tensor, settings: WeightSettings) -> tuple[tor
     return codes.flatten(1).to(torch.int8), scale.flatten(1)
 
 
+def smallest_step(bits: int) -> float:
+    """Return the least step of a uniform grid.
+
+    Below it float16 is so coarse that rounding the scale would move the largest weight to another code, and quantizing
+    twice would differ from quantizing once.
+    """
+    return float(2.0 ** (bits - 25))
+
+
 def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return the weight that codes and scales stand for.
 
@@ -240,9 +249,7 @@ def _uniform(values: torch.Tensor, bits: int, shared: tuple[int, ...]) -> tuple[
     """Quantize to the nearest point of a symmetric grid that ends at the largest magnitude."""
     largest = largest_code(bits)
     scale = values.abs().amax(shared, keepdim=True) / largest
-    # Below this bound float16 is so coarse that rounding the scale would move the largest weight to another code, and
-    # quantizing twice would differ from quantizing once.
-    stored = _stored(scale.clamp_(min=2.0 ** (bits - 25)))
+    stored = _stored(scale.clamp_(min=smallest_step(bits)))
     return torch.div(values, stored.float()).round_().clamp_(-largest, largest), stored
 
 

@@ -2,14 +2,17 @@
 
 The columns are rounded one after another, and what is still free makes up for each error in the metric of the inputs
 (GPTQ: Frantar et al., 2022, arXiv 2210.17323, section 3). The result lies on the grid that :func:`.quantize_weight`
-finds for it, so that it passes through the quantizer unchanged, and training may begin from there.
+finds for it, so that it passes through the quantizer unchanged (but for the rounding of a weight's own type, where that
+is narrower than float32), and training may begin from there.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.packing import largest_code
+from fiftyfold.modules.quantization.quantizers import smallest_step
 
 DAMPING = 1e-2
 """Share of the mean squared input that is added to every direction, lest rare directions take up all errors."""
@@ -17,6 +20,7 @@ DAMPING = 1e-2
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Ends of the grid that are tried, as shares of a row's largest magnitude: few bits gain from a finer grid."""
 
+_LARGEST_DAMPING = 1e3
 _BLOCK = 128
 
 
@@ -29,15 +33,20 @@ def round_to_grid(weight: torch.Tensor, moment: torch.Tensor, bits: int) -> torc
         bits: 3, 4 or 8.
 
     Returns:
-        In the weight's type. Each row that is not zero holds its grid's end, so that the grid can be found again.
+        In the weight's type. Each row but the very small holds its grid's end, so that the grid can be found again.
+
+    Raises:
+        FiftyfoldError: if the moment is none.
     """
     exact, moment = weight.double(), moment.double()
     level = largest_code(bits)
-    scale = _row_scales(exact, moment.diagonal(), level)
+    scale = _row_scales(exact, moment.diagonal(), bits)
+    # A row too small for finer steps keeps its step, whichever codes it has.
+    ends = _ends(exact) * (scale > smallest_step(bits))
     # What the inputs excite most is rounded first, while most is free to make up for it.
     order = moment.diagonal().argsort(descending=True)
     codes = torch.empty_like(exact)
-    codes[:, order] = _feed_errors(exact[:, order], scale, _ends(exact)[:, order], moment[order][:, order], level)
+    codes[:, order] = _feed_errors(exact[:, order], scale, ends[:, order], moment[order][:, order], level)
     return (codes * scale).to(weight.dtype)
 
 
@@ -47,13 +56,13 @@ def _ends(weight: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(weight).scatter_(1, places, weight.gather(1, places).sign())
 
 
-def _row_scales(weight: torch.Tensor, strengths: torch.Tensor, level: int) -> torch.Tensor:
+def _row_scales(weight: torch.Tensor, strengths: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the step of each row's grid, (rows, 1), as float16 holds it, by the error of rounding to the nearest."""
     largest = weight.abs().amax(dim=1, keepdim=True)
-    smallest, most = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
+    level, most = largest_code(bits), torch.finfo(torch.float16).max
     best, found = torch.full_like(largest, torch.inf), torch.ones_like(largest)
     for shrink in _SHRINKS:
-        scale = (largest * (shrink / level)).clamp(smallest, most).half().to(weight.dtype)
+        scale = (largest * (shrink / level)).clamp(smallest_step(bits), most).half().to(weight.dtype)
         codes = (weight / scale).round().clamp(-level, level)
         error = ((weight - codes * scale).square() * strengths).sum(dim=1, keepdim=True)
         better = error < best
@@ -86,7 +95,13 @@ def _feedback(moment: torch.Tensor) -> torch.Tensor:
     mean = float(damped.diagonal().mean())
     # Inputs that are always zero tell nothing: every direction then counts the same.
     damped = damped / mean if mean > 0 else torch.zeros_like(damped)
-    damped.diagonal().add_(DAMPING if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    feedback: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return feedback
+    damping = DAMPING if mean > 0 else 1.0
+    # Moments of few tokens in float32 may be indefinite by more than the damping.
+    while damping < _LARGEST_DAMPING:
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            feedback: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+            return feedback
+        damping *= 10
+    raise FiftyfoldError("the second moment of a layer's inputs is no sum of squares; calibrate on other text.")

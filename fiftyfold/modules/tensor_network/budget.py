@@ -27,7 +27,7 @@ Allocation = Literal["model", "outputs", "uniform"]
 as in few bits or in classifiers, and worse where all matrices together move a model much further than one does.
 ``uniform``: the same share for all.
 
-The first two give no matrix less than two thirds or more than one and a half of the common share: training heals an
+The first two give no network less than two thirds or more than one and a half of the common share: training heals an
 even loss better than one that a few matrices bear, however little they seem to matter before it.
 """
 

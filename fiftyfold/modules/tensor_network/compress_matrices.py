@@ -413,7 +413,8 @@ def _keep_whole(
         return None
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
-    weight.copy_(rounded.t() if isinstance(layer, Conv1D) else rounded)
+    # Another tensor: the old one is still the original that the bias is made up from.
+    weight.data = (rounded.t() if isinstance(layer, Conv1D) else rounded).to(weight.dtype).contiguous()
     return CompressedMatrix(None, whole_bytes(shape, widths[0]), 0.0, widths[0])
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
 from fiftyfold.modules.quantization.rounding import DAMPING, round_to_grid
 from fiftyfold.modules.quantization.settings import WeightSettings
@@ -29,13 +30,31 @@ def squared(error, moment):
     columns=st.integers(1, 300),
     bits=st.sampled_from([3, 4, 8]),
     seed=st.integers(0, 99),
-    size=st.sampled_from([1e-3, 1.0, 1e3]),
+    size=st.sampled_from([1e-7, 1e-5, 1e-4, 1e-3, 1.0, 1e3]),
 )
 def test_the_quantizer_gives_it_back(rows, columns, bits, seed, size):
     weight, moment = correlated(rows, columns, seed)
     rounded = round_to_grid(weight * size, moment, bits)
     codes, scale = quantize_weight(rounded, WeightSettings(bits, "per_channel"))
     assert torch.equal(dequantize_weight(codes, scale), rounded)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_small_rows_are_no_worse_than_rounded_to_the_nearest(bits, size):
+    weight, moment = correlated(16, 64)
+    plain = dequantize_weight(*quantize_weight(weight * size, WeightSettings(bits, "per_channel")))
+    rounded = round_to_grid(weight * size, moment, bits)
+    assert squared(weight * size - rounded, moment) <= 1.001 * squared(weight * size - plain, moment)
+
+
+def test_moments_that_rounding_made_indefinite():
+    weight, moment = correlated(8, 32)
+    values, vectors = torch.linalg.eigh(moment)
+    values[:3] = -0.2 * float(values.mean())
+    assert bool(round_to_grid(weight, vectors * values @ vectors.T, 4).isfinite().all())
+    with pytest.raises(FiftyfoldError, match="sum of squares"):
+        round_to_grid(weight, torch.eye(32) + 1e6 * torch.eye(32).flip(0), 4)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

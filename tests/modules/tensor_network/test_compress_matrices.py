@@ -132,11 +132,18 @@ def test_an_optimizer_trains_what_stayed_whole(llama):
     assert not torch.equal(llama.get_submodule(name).weight, before)
 
 
-def test_a_layers_bias_takes_up_the_mean():
-    model = nn.Sequential(nn.Linear(12, 12))
-    inputs = [torch.randn(200, 12) + 5]
+FEW_BITS = {"factor_bits": 8, "whole_bits": (4, 8)}
+
+
+@pytest.mark.parametrize("arguments", [{}, FEW_BITS], ids=["network", "whole"])
+@pytest.mark.parametrize("size", [24, 600])
+def test_a_layers_bias_takes_up_the_mean(size, arguments):
+    model = nn.Sequential(nn.Linear(size, size))
+    inputs = [torch.randn(200, size) + 5]
     expected = model(inputs[0]).mean(0)
-    compress_matrices(model, inputs, 0.4, allocation="uniform")
+    (result,) = compress_matrices(model, inputs, 0.6, allocation="uniform", sweeps=1, **arguments).values()
+    assert (result.whole_bits is not None) == bool(arguments)
+    assert result.error > 1e-5
     torch.testing.assert_close(model(inputs[0]).mean(0), expected, atol=1e-4, rtol=1e-4)
 
 
