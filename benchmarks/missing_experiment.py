@@ -132,10 +132,10 @@ class Study:
         teacher, student = self.model.teacher, copy.deepcopy(self.model.teacher).requires_grad_(True)
         matrices = find_matrices(student)
         if cell.method == OURS:
-            few_bits: dict[str, Any] = (
-                {"factor_bits": 8, "whole_bits": WHOLE_BITS, "allocation": "model"} if cell.bits == 8 else {}
-            )
-            compress_matrices(student, self.model.calibration(cell.seed), cell.share, **few_bits)
+            how: dict[str, Any] = {"factor_bits": 8, "whole_bits": WHOLE_BITS} if cell.bits == 8 else {}
+            # As docs/tensor_networks.md advises.
+            how["allocation"] = "model" if cell.bits == 8 or cell.model == "minilm" else "outputs"
+            compress_matrices(student, self.model.calibration(cell.seed), cell.share, **how)
         else:
             grams = self.grams(cell.seed) if cell.method.startswith("whitened") else {}
             compress(student, cell.method, cell.share, cell.bits, grams)
