@@ -347,14 +347,15 @@ def test_healing_that_makes_it_worse_is_not_kept(place: Path, more: tuple[str, .
         assert torch.equal(tensor, unhealed[name]), name
 
 
-def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [(), ("--core_bits", "8")], ids=["16 bits", "few bits"])
+def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, more: tuple[str, ...], monkeypatch) -> None:
     from safetensors.torch import load_file
 
     from fiftyfold.app import training
     from fiftyfold.modules.healing_module import HealingModule
 
     monkeypatch.setattr(training, "SAVE_EVERY_STEPS", 1)
-    assert main(tensorize_words()) == 0
+    assert main(tensorize_words(*more)) == 0
     whole = load_file("small/model.safetensors")
     Path("small").rename("whole")
     original, calls = HealingModule.training_losses, []
@@ -367,9 +368,9 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(HealingModule, "training_losses", cut)
-        assert main(tensorize_words()) != 0
+        assert main(tensorize_words(*more)) != 0
     assert Path("small.work/decomposed").is_dir()
-    assert main(tensorize_words()) == 0
+    assert main(tensorize_words(*more)) == 0
     for name, tensor in load_file("small/model.safetensors").items():
         assert torch.equal(tensor, whole[name]), name
 
