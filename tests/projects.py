@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tests.strangers import _Stranger
 from tests.tiny import tiny_causal
 
 
-class _Seeded(_Stranger):
+class _Seeded(_Stranger, ABC):
     """Builds its layers from a seed, and scores itself on batches that depend on their index alone."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -23,11 +24,13 @@ class _Seeded(_Stranger):
             torch.manual_seed(seed)
             self.build()
 
+    @abstractmethod
     def build(self) -> None:
-        raise NotImplementedError
+        """Make the layers."""
 
+    @abstractmethod
     def loss(self, generator: torch.Generator) -> torch.Tensor:
-        raise NotImplementedError
+        """Return the loss of a batch that the generator draws."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.loss(torch.Generator().manual_seed(self.seed_of(batch_idx)))

@@ -25,13 +25,13 @@ from fiftyfold.modules.structure import Operation, compression_root, structure_l
 from fiftyfold.modules.surgery import plain_name
 from fiftyfold.modules.tensor_network.budget import Allocation
 from fiftyfold.modules.tensor_network.compress_matrices import (
-    FAMILIES_BY_DEFAULT,
     OPERATION,
     Compression,
     CompressionArguments,
     check_arguments,
     plan_compression,
 )
+from fiftyfold.modules.tensor_network.compressed_matrix import FAMILIES_BY_DEFAULT
 from fiftyfold.modules.tensor_network.families import Family
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import read_forms

@@ -4,65 +4,35 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict, Unpack, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.quantize import quantize
-from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
-from fiftyfold.modules.quantization.rounding import round_to_grid
-from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
-from fiftyfold.modules.tensor_network.budget import (
-    DENSE_BYTES,
-    Allocation,
-    memory_groups,
-    rounding_error,
-    spread_bytes,
-    whole_bytes,
-)
+from fiftyfold.modules.tensor_network.budget import Allocation, memory_groups, spread_bytes
 from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
-from fiftyfold.modules.tensor_network.decomposition import as_memory_error, balanced, check_finite
-from fiftyfold.modules.tensor_network.families import (
-    FAMILIES,
-    Family,
-    best_form,
-    has_chain,
-    largest_rank,
-    low_rank_curve,
-    whole_matrix,
+from fiftyfold.modules.tensor_network.compressed_matrix import (
+    FAMILIES_BY_DEFAULT,
+    CompressedMatrix,
+    Plan,
+    compress_matrix,
+    first_error,
+    stays_dense,
+    whole_widths,
 )
+from fiftyfold.modules.tensor_network.decomposition import as_memory_error, check_finite
+from fiftyfold.modules.tensor_network.families import FAMILIES, Family, has_chain
 from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
-from fiftyfold.modules.tensor_network.form import NetworkForm
-from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
-    TensorNetworkEmbedding,
-    TensorNetworkLayer,
-    fixed_numbers,
-    flat_numbers,
-    install_network,
-    matrix_of,
-    matrix_shape,
-    to_dense,
-)
-from fiftyfold.modules.tensor_network.metric import Metric
-from fiftyfold.modules.tensor_network.moments import (
-    Batch,
-    Moments,
-    call_order,
-    check_batches,
-    collect_moments,
-)
-from fiftyfold.modules.tensor_network.objective import least_squares
+from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_of, matrix_shape
+from fiftyfold.modules.tensor_network.moments import Batch, call_order, check_batches, collect_moments
 from fiftyfold.modules.tensor_network.sensitivity import outputs_of
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from fiftyfold.modules.tensor_network.targets import find_matrices
@@ -71,31 +41,8 @@ from fiftyfold.modules.tensor_network.tensorize import install_networks, network
 OPERATION = "compress_matrices"
 """Kind of a log's entry."""
 
-FAMILIES_BY_DEFAULT: tuple[Family, ...] = ("svd", "sum20", "sum50")
-"""Chains alone are left out: the sums come near to what they do, and rarely lose to them."""
-
 _FACTOR_BITS = (8, 16)
 _WHOLE_BITS = (3, 4, 8)
-_CLEARLY_NEARER = 0.5
-"""Where rounding a whole matrix has at most so much of low rank's squared error, no other form is tried."""
-
-
-@dataclass(frozen=True)
-class CompressedMatrix:
-    """What became of one matrix.
-
-    Attributes:
-        form: its tensor network; nothing if it stayed whole.
-        bytes: that a file holds for it.
-        error: relative error of the layer's outputs on the calibration text, against the original model's, with the
-            inputs that the compressed model gives it.
-        whole_bits: of its numbers where it stayed whole and is quantized; nothing otherwise.
-    """
-
-    form: NetworkForm | None
-    bytes: int
-    error: float
-    whole_bits: int | None = None
 
 
 def compress_matrices(
@@ -245,7 +192,7 @@ def check_arguments(
     Raises:
         FiftyfoldError: naming the argument.
     """
-    plan = _Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
+    plan = Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
         raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
     if not plan.families or any(family not in FAMILIES for family in plan.families):
@@ -275,7 +222,7 @@ def plan_compression(
     """
     check_order(structure_log(model), [OPERATION])
     check_arguments(keep, factor_bits=factor_bits, whole_bits=whole_bits, **arguments)
-    plan = _Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
+    plan = Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
     modes = {module: module.training for module in model.modules()}
@@ -302,18 +249,6 @@ def plan_compression(
     return Compression(results, values, orders.cpu())
 
 
-@dataclass(frozen=True)
-class _Plan:
-    bits: int
-    whole_bits: Sequence[int] = ()
-    families: Sequence[Family] = FAMILIES_BY_DEFAULT
-    allocation: Allocation = "outputs"
-    compressed_prefix: bool = True
-    sweeps: int = SWEEPS
-    targets: Targets = "default"
-    exclude: Targets = ()
-
-
 def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]:
     names, layers = find_matrices(model, targets, exclude), dict(named_layers(model))
     owners: dict[int, str] = {}
@@ -335,18 +270,18 @@ def _compressed_copy(
     names: Sequence[str],
     batches: Sequence[Batch],
     sizes: Mapping[str, float],
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[nn.Module, dict[str, CompressedMatrix], ChannelOrders]:
     student = copy.deepcopy(model)
     layers = dict(named_layers(student))
     small = [
         name
         for name in names
-        if not _stays_dense(layers[name], sizes[name]) and not _widths(layers[name], sizes[name], plan)
+        if not stays_dense(layers[name], sizes[name]) and not whole_widths(layers[name], sizes[name], plan)
     ]
     orders = ChannelOrders()
     if has_chain(plan.families):
-        orders = sort_channels(student, small, batches, functools.partial(_first_error, sizes, plan))
+        orders = sort_channels(student, small, batches, functools.partial(first_error, sizes, plan))
     results: dict[str, CompressedMatrix] = {}
     stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(layers, names)
     finished = _finished(model, student, batches[0]) if plan.compressed_prefix else {}
@@ -358,91 +293,13 @@ def _compressed_copy(
             known = moments.pop(name)
             if (order := orders.columns.get(name)) is not None:
                 known = known.reordered(order, both=source is model)
-            results[name] = _compress(layers[name], known, sizes[name], plan)
+            results[name] = compress_matrix(layers[name], known, sizes[name], plan)
     return student, {name: results[name] for name in names}, orders
 
 
 def _finished(model: nn.Module, student: nn.Module, batch: Batch) -> dict[nn.Module, FinishedLayers]:
     found = finished_layers(model, lambda: outputs_of(model, batch).values)
     return {model: found, student: same_layers(found, student)}
-
-
-def _first_error(sizes: Mapping[str, float], plan: _Plan, name: str, matrix: torch.Tensor, metric: Metric) -> float:
-    """Return the squared relative error of the best form after one sweep."""
-    form, networks = best_form(matrix, metric, tuple(plan.families), sizes[name], plan.bits, sweeps=1)
-    return metric.relative_error(matrix, whole_matrix(networks, form.shape)) ** 2
-
-
-def _stays_dense(layer: nn.Module, size: float) -> bool:
-    return size >= DENSE_BYTES * math.prod(matrix_shape(layer))
-
-
-@torch.no_grad()
-def _compress(layer: nn.Module, moments: Moments, size: float, plan: _Plan) -> CompressedMatrix:
-    if _stays_dense(layer, size):
-        return CompressedMatrix(None, DENSE_BYTES * math.prod(matrix_shape(layer)), 0.0)
-    original = matrix_of(layer)
-    target, metric = least_squares(layer, moments)
-    result = _keep_whole(layer, target, metric, size, plan) or _install_best(layer, target, metric, size, plan)
-    old, built = getattr(layer, "bias", None), matrix_of(layer).to(target.dtype)
-    if isinstance(old, torch.Tensor):
-        old.data = (old + original.double() @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
-    return replace(result, error=metric.relative_error(target, built))
-
-
-def _widths(layer: nn.Module, size: float, plan: _Plan) -> list[int]:
-    """Return the bits in which the layer's matrix may stay whole in so many bytes, the most first."""
-    # Nothing in the log makes a network dense again.
-    if isinstance(layer, TensorNetworkLayer):
-        return []
-    return [bits for bits in sorted(plan.whole_bits, reverse=True) if whole_bytes(matrix_shape(layer), bits) <= size]
-
-
-def _keep_whole(
-    layer: nn.Module, target: torch.Tensor, metric: Metric, size: float, plan: _Plan
-) -> CompressedMatrix | None:
-    """Round the matrix in place unless it is too large, or a network of its size may be nearer, as low rank tells."""
-    shape, widths = matrix_shape(layer), _widths(layer, size, plan)
-    if not widths:
-        return None
-    rounded = round_to_grid(target, metric.moment, widths[0])
-    bound = _CLEARLY_NEARER * float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.bits)])
-    if plan.bits < 16:
-        bound = max(bound, rounding_error(target, metric, plan.bits))
-    if metric.relative_error(target, rounded) ** 2 > bound:
-        return None
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    # Another tensor: the old one is still the original that the bias is made up from.
-    weight.data = (rounded.t() if isinstance(layer, Conv1D) else rounded).to(weight.dtype).contiguous()
-    return CompressedMatrix(None, whole_bytes(shape, widths[0]), 0.0, widths[0])
-
-
-def _install_best(layer: nn.Module, target: torch.Tensor, metric: Metric, size: float, plan: _Plan) -> CompressedMatrix:
-    form, networks = best_form(target, metric, tuple(plan.families), size, plan.bits, sweeps=plan.sweeps)
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    # Factors of unlike size learn at unlike speed: what heals best is what starts balanced.
-    numbers, pivots = flat_numbers([balanced(cores) for cores in networks]), None
-    if plan.bits < 16:
-        form = form.with_gauge("fixed")
-        numbers, pivots = fixed_numbers(networks)
-        numbers = _rounded(numbers, form, plan.bits)
-    if isinstance(layer, TensorNetworkLayer):
-        to_dense(layer)
-    install_network(layer, form, nn.Parameter(numbers.to(weight.dtype), requires_grad=weight.requires_grad))
-    if pivots is not None:
-        layer.get_buffer(PIVOTS).copy_(pivots)
-    return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.bits), 0.0)
-
-
-def _rounded(numbers: torch.Tensor, form: NetworkForm, bits: int) -> torch.Tensor:
-    """Return numbers as their quantizer, by row, will read them."""
-    settings, parts = WeightSettings(bits, "per_channel"), []
-    for part, shape in zip(numbers.split([a * b for a, b in form.matrix_shapes]), form.matrix_shapes, strict=True):
-        whole = part.numel() == 0
-        parts.append(part if whole else dequantize_weight(*quantize_weight(part.view(shape), settings)).flatten())
-    return torch.cat(parts)
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:
