@@ -30,6 +30,7 @@ def compress(
     group_by_length: bool = False,
     limit_train: int | None = None,
     augmented: str | None = None,
+    unlabelled: str | None = None,
     checks_per_epoch: int = 1,
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
     seed: int = 42,
@@ -57,6 +58,8 @@ def compress(
         group_by_length: put sentences of like length into one batch, which pads less and trains quicker.
         limit_train: use only so many training rows, drawn with the seed.
         augmented: a file that `fiftyfold augment` wrote, to train on in place of the training split.
+        unlabelled: a file with more texts of the task's form, to train on beside the training split; the teacher
+            shows what to make of them, and labels in it are not read.
         checks_per_epoch: how often an epoch scores the development set, to keep the best weights.
         matmul_precision: torch's setting for float32 products while training; medium is quicker, and on processors
             with bfloat16 matrix units less precise.
@@ -80,6 +83,7 @@ def compress(
         group_by_length=group_by_length,
         limit_train=limit_train,
         augmented=augmented,
+        unlabelled=unlabelled,
         checks_per_epoch=checks_per_epoch,
         matmul_precision=matmul_precision,
         seed=seed,

@@ -33,6 +33,7 @@ class Recipe:
     group_by_length: bool = False
     limit_train: int | None = None
     augmented: str | None = None
+    unlabelled: str | None = None
     checks_per_epoch: int = 1
     matmul_precision: str = "highest"
     seed: int = 42

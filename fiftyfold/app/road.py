@@ -88,6 +88,7 @@ def build_data(recipe: Recipe) -> GLUEDataModule:
         group_by_length=recipe.group_by_length,
         limit_train=recipe.limit_train,
         augmented=recipe.augmented,
+        unlabelled=recipe.unlabelled,
         seed=recipe.seed,
     )
 

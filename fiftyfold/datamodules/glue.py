@@ -35,6 +35,8 @@ from fiftyfold.user_cache import user_cache_folder
 HUB_DATASET = "nyu-mll/glue"
 """The hub's copy of GLUE, one configuration per task."""
 
+_UNLABELLED = "unlabelled"
+
 
 class GLUEDataModule(LightningDataModule):
     """One GLUE task, tokenised.
@@ -62,6 +64,8 @@ class GLUEDataModule(LightningDataModule):
         num_workers: processes that prepare batches in advance. Batches take about a millisecond, so 0 is mostly best.
         limit_train: train on so many examples only, chosen by the seed.
         augmented: a file written by the augmentation; trained on in place of the training set, which it contains.
+        unlabelled: a file with more of the task's texts, in any form that its own files may have; trained on beside
+            the training set. Labels in it are not read, and training batches have none: for distillation.
         group_by_length: whether a training batch holds examples of similar length, which saves padding.
         seed: fixes the order of the training examples.
         cache_dir: where tokens are kept; None gives ``~/.cache/fiftyfold``.
@@ -79,6 +83,7 @@ class GLUEDataModule(LightningDataModule):
         num_workers: int = 0,
         limit_train: int | None = None,
         augmented: str | None = None,
+        unlabelled: str | None = None,
         group_by_length: bool = False,
         seed: int = 42,
         cache_dir: str | None = None,
@@ -92,6 +97,7 @@ class GLUEDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.limit_train = at_least_one("limit_train", limit_train) if limit_train is not None else None
         self.augmented = augmented
+        self.unlabelled = unlabelled
         self.group_by_length = group_by_length
         self.seed = seed
         self.cache_folder = Path(cache_dir) if cache_dir else user_cache_folder()
@@ -214,6 +220,9 @@ class GLUEDataModule(LightningDataModule):
         if split == "train" and self.limit_train is not None and self.limit_train < len(tokens):
             chosen = np.random.default_rng(self.seed).permutation(len(tokens))[: self.limit_train]
             tokens = tokens.select(np.sort(chosen))
+        if split == "train" and self.unlabelled is not None:
+            # as batches of one kind only, so that no loss on labels is taken over a part of a batch unawares
+            tokens = datasets.concatenate_datasets([tokens.remove_columns("labels"), self._load_split(_UNLABELLED)])
         return tokens
 
     def _loaded(self, splits: tuple[str, ...]) -> tuple[str, ...]:
@@ -228,6 +237,8 @@ class GLUEDataModule(LightningDataModule):
             if self.augmented is not None:
                 path = Path(self.augmented)
                 found["train"] = _file_source(path, self.task, labelled=True)
+            if self.unlabelled is not None:
+                found[_UNLABELLED] = _file_source(Path(self.unlabelled), self.task, labelled=None)
             self._sources = found
         return self._sources
 
@@ -310,7 +321,7 @@ def _local_sources(folder: str, task: GLUETask) -> dict[str, tuple[str, Callable
     }
 
 
-def _file_source(path: Path, task: GLUETask, *, labelled: bool) -> tuple[str, Callable[[], Rows]]:
+def _file_source(path: Path, task: GLUETask, *, labelled: bool | None) -> tuple[str, Callable[[], Rows]]:
     if not path.is_file():
         raise FiftyfoldError(f"The file {path} does not exist; check its name.")
     return file_digest(path) + path.suffix, partial(read_file, path, task, labelled=labelled)

@@ -104,14 +104,14 @@ def file_shards(path: Path) -> list[Path]:
     return shards
 
 
-def read_file(path: str | Path, task: GLUETask, *, labelled: bool = True) -> Rows:
+def read_file(path: str | Path, task: GLUETask, *, labelled: bool | None = True) -> Rows:
     """Read one file of a task, or one split in several parquet files.
 
     Args:
         path: a ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file; see :func:`file_shards`.
         task: the task that the file belongs to.
         labelled: whether labels must be there. If not, a missing column, or a column of nothing but ``-1``, gives
-            rows without labels.
+            rows without labels; None does not read them where they are there, either.
 
     Raises:
         FiftyfoldError: if the file is missing, empty, not UTF-8, lacks a column, or holds a row of the wrong length or
@@ -127,7 +127,7 @@ def read_file(path: str | Path, task: GLUETask, *, labelled: bool = True) -> Row
     return Rows(texts, labels)
 
 
-def _read_shard(path: Path, task: GLUETask, *, labelled: bool) -> Rows:
+def _read_shard(path: Path, task: GLUETask, *, labelled: bool | None) -> Rows:
     if not path.is_file():
         raise FiftyfoldError(f"The file {path} does not exist; check the data folder.")
     if path.stat().st_size == 0:
@@ -139,7 +139,7 @@ def _read_shard(path: Path, task: GLUETask, *, labelled: bool) -> Rows:
 
 
 def rows_from_records(
-    records: Iterable[Row], columns: Iterable[str], task: GLUETask, *, source: str, labelled: bool
+    records: Iterable[Row], columns: Iterable[str], task: GLUETask, *, source: str, labelled: bool | None
 ) -> Rows:
     """Turn records into a task's rows.
 
@@ -155,7 +155,7 @@ def rows_from_records(
     """
     columns = list(columns)
     text_columns = [_pick_column(names, columns, source, task) for names in task.text_columns]
-    label_column = next((name for name in task.label_columns if name in columns), None)
+    label_column = next((name for name in task.label_columns if name in columns and labelled is not None), None)
     if label_column is None and labelled:
         _pick_column(task.label_columns, columns, source, task)
     for name in (*text_columns, label_column):

@@ -24,7 +24,7 @@ from fiftyfold.modules.fine_tuning import load_student, load_teacher
 from fiftyfold.modules.layer_reduction import choose_layers, student_from_teacher, surviving_layers
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.structure import attach_structure, structure_log
-from fiftyfold.modules.task_module import Batch, TaskModule, label_loss, model_inputs
+from fiftyfold.modules.task_module import Batch, TaskModule, label_loss, model_inputs, true_labels
 from fiftyfold.modules.teacher import Observation, TeacherPrecision, freeze, observe
 
 
@@ -214,7 +214,7 @@ class DistillationModule(TaskModule):
             else:
                 yield 1 - hard, "logit_loss", soft_cross_entropy(logits, wanted.logits, self._temperature)
         if stage.logits > 0 and hard > 0:
-            labels = batch["labels"]
+            labels = true_labels(batch)
             yield hard, "label_loss", label_loss(logits, labels) if regression else hard_cross_entropy(logits, labels)
 
 

@@ -11,7 +11,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.packed.trainable import make_trainable
 from fiftyfold.modules.pretrained import has_packed_layers, open_pretrained
 from fiftyfold.modules.structure import attach_structure
-from fiftyfold.modules.task_module import Batch, TaskModule, label_loss
+from fiftyfold.modules.task_module import Batch, TaskModule, label_loss, true_labels
 
 
 class FineTuningModule(TaskModule):
@@ -52,7 +52,7 @@ class FineTuningModule(TaskModule):
 
     def training_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss against the labels."""
-        return {"loss": label_loss(self(batch), batch["labels"])}
+        return {"loss": label_loss(self(batch), true_labels(batch))}
 
 
 def load_student(source: str, role: str, num_labels: int | None = None) -> PreTrainedModel:

@@ -260,6 +260,20 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in accepted if name in batch}
 
 
+def true_labels(batch: Batch) -> Tensor:
+    """Return a training batch's labels, [batch].
+
+    Raises:
+        FiftyfoldError: if it has none.
+    """
+    if "labels" not in batch:
+        raise FiftyfoldError(
+            "these training batches have no labels, but the loss asks for them; leave out the data's unlabelled texts,"
+            " or distil with hard_label_share 0."
+        )
+    return batch["labels"]
+
+
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss against the true labels.
 

@@ -46,6 +46,18 @@ def test_a_teacher_becomes_a_folder_that_transformers_opens(place: Path, capsys:
     assert not (place / "small.work").exists()
 
 
+def test_texts_without_labels_are_trained_on_too(place: Path) -> None:
+    rows = (place / "data" / "SST-2" / "train.tsv").read_text().count("\n") - 1
+    (place / "more.jsonl").write_text('{"sentence": "the film was not boring ."}\n' * rows)
+    steps = []
+    for folder, options in {"alone": [], "beside": ["--unlabelled", "more.jsonl"]}.items():
+        assert main([*COMMAND[:-3], folder, "--epochs", "1", *options]) == 0
+        report = json.loads((place / folder / "fiftyfold_report.json").read_text())
+        steps.append((report["run"]["recipe"]["unlabelled"], digest(place / folder)))
+    assert [source for source, _ in steps] == [None, "more.jsonl"]
+    assert steps[0][1] != steps[1][1]
+
+
 def test_the_report_command_prints_the_table_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(COMMAND) == 0
     capsys.readouterr()
@@ -154,6 +166,7 @@ def test_an_unfinished_run_with_other_options_is_not_overwritten(
         (["--task", "mrpc"], "mrpc"),
         (["--output", "data"], "already holds something"),
         (["--augmented", "nothing.jsonl"], "nothing.jsonl"),
+        (["--unlabelled", "nothing.jsonl"], "nothing.jsonl"),
         (["--epochs", "0"], "epochs is 0"),
         (["--checks_per_epoch", "0"], "checks_per_epoch is 0"),
         (["--learning_rate", "0"], "learning_rate is 0"),

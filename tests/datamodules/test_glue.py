@@ -176,6 +176,21 @@ def test_augmented_file_takes_the_training_sets_place(tmp_path, sst2_folder, tok
         module(sst2_folder, tokenizer_folder, tmp_path, augmented=str(tmp_path / "none.jsonl")).setup("fit")
 
 
+def test_unlabelled_texts_join_the_training_set_and_nobody_reads_their_labels(tmp_path, sst2_folder, tokenizer_folder):
+    path = tmp_path / "more.jsonl"
+    path.write_text('{"sentence": "good", "label": "of another task"}\n' * 40)
+    data = module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(path), limit_train=10)
+    data.setup("fit")
+    assert count_rows(data.train_dataloader()) == 50
+    assert all("labels" not in batch for batch in data.train_dataloader())
+    assert all("labels" in batch for batch in data.val_dataloader())
+    path.write_text('{"text": "good"}\n')
+    with pytest.raises(FiftyfoldError, match="no column 'sentence'"):
+        module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(path)).setup("fit")
+    with pytest.raises(FiftyfoldError, match=r"none.jsonl does not exist"):
+        module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(tmp_path / "none.jsonl")).setup("fit")
+
+
 def test_wrong_values_and_missing_sets(tmp_path, sst2_folder, tokenizer_folder):
     for option in ("batch_size", "eval_batch_size", "limit_train", "max_length"):
         with pytest.raises(FiftyfoldError, match=f"{option} is 0"):

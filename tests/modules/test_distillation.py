@@ -10,7 +10,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import DistillationModule, export, load_from_checkpoint, prune_layers, quantize, reduce_layers
+from fiftyfold.modules import (
+    DistillationModule,
+    FineTuningModule,
+    export,
+    load_from_checkpoint,
+    prune_layers,
+    quantize,
+    reduce_layers,
+)
 from fiftyfold.modules.distillation import Stage
 from fiftyfold.modules.distillation_losses import attention_score_loss, hidden_state_loss, soft_cross_entropy
 from fiftyfold.modules.evaluation_task import UnnamedTask
@@ -97,6 +105,15 @@ class TestLosses:
         mixed = without_dropout(distil(**options, hard_label_share=0.25)).training_losses(batch)
         torch.testing.assert_close(mixed["loss"], 0.75 * soft + 0.25 * hard)
         assert {"logit_loss", "label_loss"} <= set(mixed)
+
+    def test_a_batch_without_labels_serves_unless_labels_have_a_share(self):
+        batch = tiny_batch()
+        unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+        with_labels = without_dropout(distil()).training_losses(batch)["loss"]
+        torch.testing.assert_close(without_dropout(distil()).training_losses(unlabelled)["loss"], with_labels)
+        for module in (distil(hard_label_share=0.5), FineTuningModule(tiny_bert())):
+            with pytest.raises(FiftyfoldError, match="have no labels"):
+                module.training_losses(unlabelled)
 
     def test_regression_follows_the_score(self):
         module = without_dropout(distil(tiny_bert(labels=1), layers=[0, 1, 2, 3], hard_label_share=0.5))
