@@ -91,6 +91,11 @@ CASES = (
         (("compress_matrices", 2), ("quantize", 4)),
     ),
     Case(
+        "whole matrices and networks in few bits, chosen by the data",
+        lambda: [MatrixCompression(0.6, batches=2, factor_bits=8, whole_bits=(3, 4), start=3)],
+        (("compress_matrices", 3), ("quantize", 3), ("quantize", 3)),
+    ),
+    Case(
         "reduced, low rank, with ternary factors",
         lambda: [
             LayerReduction(start=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -17,13 +18,14 @@ from torch.optim import Optimizer
 
 from fiftyfold.callbacks.calibration_loader import undisturbed
 from fiftyfold.callbacks.moment import Moment, When
-from fiftyfold.callbacks.operation_callback import Event, OperationCallback
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback, operation_callbacks
+from fiftyfold.callbacks.quantization_aware_training import QuantizationAwareTraining
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.calibration import calls_of
-from fiftyfold.modules.quantization.targets import Targets
+from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, compression_root, structure_log
 from fiftyfold.modules.surgery import plain_name
-from fiftyfold.modules.tensor_network.budget import Allocation
+from fiftyfold.modules.tensor_network.budget import DENSE_BYTES, Allocation
 from fiftyfold.modules.tensor_network.compress_matrices import (
     OPERATION,
     Compression,
@@ -33,8 +35,8 @@ from fiftyfold.modules.tensor_network.compress_matrices import (
 )
 from fiftyfold.modules.tensor_network.compressed_matrix import FAMILIES_BY_DEFAULT
 from fiftyfold.modules.tensor_network.families import Family
+from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.targets import find_matrices
-from fiftyfold.modules.tensor_network.tensorize import read_forms
 
 _Found = TypeVar("_Found")
 _Calls = tuple[str, list[dict[str, Any]]] | FiftyfoldError
@@ -44,12 +46,14 @@ class MatrixCompression(OperationCallback):
     """Replaces weight matrices by the tensor networks that change the layers' outputs least on training batches.
 
     The batches are the first of a fresh pass over the training data, as the module's own ``training_step`` calls the
-    model with them. The first rank compresses by the batches of all ranks, and tells the others. Quantize the factors,
-    if at all, by a :class:`~fiftyfold.callbacks.QuantizationAwareTraining` that starts later.
+    model with them. The first rank compresses by the batches of all ranks, and tells the others. What is to have few
+    bits trains on under its quantizers; no other callback need quantize it.
 
     Args:
         keep: see :func:`fiftyfold.modules.compress_matrices`, as for all the following but two.
         batches: how many batches calibrate, of each rank.
+        factor_bits: 16, or 8 for factors that are quantized.
+        whole_bits: in which bits a matrix may stay whole.
         allocation: how the bytes are spread over the matrices.
         families: which forms are tried.
         targets: which layers: ``"default"``, or patterns of their names.
@@ -65,6 +69,8 @@ class MatrixCompression(OperationCallback):
         keep: float = 0.3,
         *,
         batches: int = 16,
+        factor_bits: int = 16,
+        whole_bits: Sequence[int] = (),
         allocation: Allocation = "outputs",
         families: Sequence[Family] = FAMILIES_BY_DEFAULT,
         targets: Targets = "default",
@@ -78,6 +84,8 @@ class MatrixCompression(OperationCallback):
         self.batches = batches
         self.start = Moment.parse(start)
         self.arguments: CompressionArguments = {
+            "factor_bits": factor_bits,
+            "whole_bits": tuple(whole_bits),
             "allocation": allocation,
             "families": tuple(families),
             "targets": targets if isinstance(targets, str) else tuple(targets),
@@ -101,9 +109,17 @@ class MatrixCompression(OperationCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse layers that do not exist."""
+        """Refuse layers that do not exist, or that another callback would give other bits."""
         super().on_train_start(trainer, pl_module)
-        find_matrices(compression_root(pl_module), self.arguments["targets"], self.arguments["exclude"])
+        root = compression_root(pl_module)
+        mine = set(find_matrices(root, self.arguments["targets"], self.arguments["exclude"]))
+        if self.arguments["factor_bits"] == 16 and not self.arguments["whole_bits"]:
+            return
+        for callback in operation_callbacks(trainer):
+            if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback.targets_in(root)):
+                raise FiftyfoldError(
+                    f"MatrixCompression gives {min(both)!r} its bits; exclude it from QuantizationAwareTraining."
+                )
 
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:  # noqa: ARG002
         """Compress a copy, on the first rank, by the batches of all."""
@@ -123,15 +139,22 @@ class MatrixCompression(OperationCallback):
         part, compression = self._found
         compression.give_values(_part(root, part), optimizers)
 
+    def follow_ups(self, root: nn.Module, trainer: Trainer) -> list[Operation]:
+        """Put what is to have few bits under its quantizers."""
+        assert self._found is not None
+        return self._found[1].quantizing(root, trainer.global_step, self._found[0])
+
     def describe(self, operation: Operation, root: nn.Module) -> str:  # noqa: ARG002
         """Count the layers, and compare their bytes with those of their matrices."""
         assert self._found is not None
-        results = self._found[1].results
-        forms = read_forms(operation).values()
-        dense = sum(2 * form.shape[0] * form.shape[1] for form in forms)
-        left = sum(result.bytes for result in results.values() if result.form is not None)
+        part, compression = self._found
         self._found = None
-        return f"compressed {len(forms)} layers to {left / dense:.1%} of their bytes in 16 bits."
+        layers = dict(named_layers(_part(root, part)))
+        dense = sum(DENSE_BYTES * math.prod(matrix_shape(layers[name])) for name in compression.values)
+        left = sum(compression.results[name].bytes for name in compression.values)
+        whole = sum(compression.results[name].whole_bits is not None for name in compression.values)
+        kept = f" ({whole} of them whole, in few bits)" if whole else ""
+        return f"compressed {len(compression.values)} layers{kept} to {left / dense:.1%} of their bytes in 16 bits."
 
     def _compress(self, root: nn.Module, names: Sequence[str], found: Sequence[_Calls]) -> tuple[str, Compression]:
         part = _demand(found[0])[0]

@@ -101,6 +101,10 @@ class OperationCallback(Callback, ABC):
             optimizers: that train ``root``.
         """
 
+    def follow_ups(self, root: nn.Module, trainer: Trainer) -> Sequence[Operation]:  # noqa: ARG002
+        """Return further operations that belong to the one just carried out on ``root``; no step lies between them."""
+        return ()
+
     def layers_after(self, event: Event, total: int) -> int:  # noqa: ARG002
         """Return how many layers ``event`` leaves of ``total``.
 
@@ -236,6 +240,10 @@ class OperationCallback(Callback, ABC):
         for copy in averaged_copies(trainer):
             replay(compression_root(copy), structure_log(root))
             self.give_values(compression_root(copy))
+        for further in self.follow_ups(root, trainer):
+            apply_operation(root, {**further, "by": event.name}, trainer.optimizers)
+        for copy in averaged_copies(trainer):
+            replay(compression_root(copy), structure_log(root))
         if isinstance(trainer.strategy, DDPStrategy) and _tensors(pl_module) != before:
             _wrap_again(trainer.strategy)
         if trainer.world_size > 1:

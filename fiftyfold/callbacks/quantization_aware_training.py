@@ -99,11 +99,11 @@ class QuantizationAwareTraining(OperationCallback):
         if bits != sorted(bits, reverse=True):
             raise FiftyfoldError(f"QuantizationAwareTraining: the weights' bits must step down, not go {bits}.")
         root = compression_root(pl_module)
-        mine = self._targets(root)
+        mine = self.targets_in(root)
         for callback in operation_callbacks(trainer):
             if callback is self:
                 break
-            if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback._targets(root)):
+            if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback.targets_in(root)):
                 raise FiftyfoldError(
                     f"two QuantizationAwareTraining callbacks quantize {min(both)!r}; exclude it in one."
                 )
@@ -139,7 +139,8 @@ class QuantizationAwareTraining(OperationCallback):
         alone = f"; left alone: {', '.join(left)}" if left else ""
         return f"quantized {len(operation['targets'])} layers to {bits}-bit weights{alone}."
 
-    def _targets(self, root: nn.Module) -> set[str]:
+    def targets_in(self, root: nn.Module) -> set[str]:
+        """Return the names of the layers that it is to quantize."""
         return set(self._operation(root, next(iter(self.weight_bits.values())), 0)["targets"])
 
     def _operation(self, root: nn.Module, bits: int, step: int) -> Operation:

@@ -81,7 +81,8 @@ def _choices(entry):
 
 def _tolerance(case, options):
     if "precision" in options:
-        return {"rtol": 0.1, "atol": 0.05}
+        # The second moments of a layer's inputs differ enough to move a 4-bit weight to the neighbouring code.
+        return {"rtol": 0.1, "atol": 0.1 if "whole" in case.name else 0.05}
     # Within a step each rank quantizes its inputs by 5 % of its own batch's range, and only then takes the common one.
     # A rounding can move an input to the neighbouring 8-bit code.
     return {"rtol": 0.1, "atol": 0.02} if "static" in case.name else {"rtol": 1e-4, "atol": 1e-4}

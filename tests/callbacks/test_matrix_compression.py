@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -9,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fiftyfold.callbacks import MatrixCompression
+from fiftyfold.callbacks import MatrixCompression, QuantizationAwareTraining
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices
 from fiftyfold.modules.structure import compression_root, structure_log
@@ -47,6 +49,8 @@ class Stream(IterableDataset):
         return iter(pairs())
 
 
+BITS = ({}, {"factor_bits": 8}, {"factor_bits": 8, "whole_bits": (4,)})
+
 LOADERS = {
     "shuffled by the global numbers": lambda: DataLoader(pairs(), batch_size=8, shuffle=True),
     "shuffled by its own": lambda: DataLoader(
@@ -81,19 +85,40 @@ def test_a_training_step_that_does_not_count_its_batches():
     assert structure_log(module)[0]["op"] == "compress_matrices"
 
 
-def test_it_is_the_plain_function_on_the_first_batches():
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_it_is_the_plain_function_on_the_first_batches(bits):
     module, by_hand = BertUser(), BertUser()
-    make_trainer([MatrixCompression(0.6, batches=3)], max_steps=1, max_epochs=-1).fit(module)
-    results = compress_matrices(by_hand.model, [tiny_batch(10 * at, vocab=50) for at in range(3)], 0.6)
-    log = structure_log(module.model)[0]
-    assert log["errors"] == {name: round(result.error, 6) for name, result in results.items()}
+    make_trainer([MatrixCompression(0.6, batches=3, **bits)], max_steps=1, max_epochs=-1).fit(module)
+    compress_matrices(by_hand.model, [tiny_batch(10 * at, vocab=50) for at in range(3)], 0.6, **bits)
+    log = structure_log(module.model)
+    assert len({entry.pop("by") for entry in log}) == 1
+    assert log == structure_log(by_hand.model)
 
 
-def test_an_average_of_the_weights_gets_the_values_too():
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_an_average_of_the_weights_gets_the_values_too(bits):
     module, average = OddUser(), EMAWeightAveraging(decay=0.0)
-    make_trainer([MatrixCompression(0.7, batches=2, start=3), average]).fit(module)
+    make_trainer([MatrixCompression(0.7, batches=2, start=3, **bits), average]).fit(module)
     assert all(torch.isfinite(value).all() for value in module.state_dict().values() if value.is_floating_point())
     assert any(isinstance(layer, TensorNetworkLayer) for layer in module.modules())
+    averaged = average._average_model.module
+    assert structure_log(compression_root(averaged)) == structure_log(compression_root(module))
+    assert_same_tensors(averaged.state_dict(), module.state_dict(), "an average that forgets all but the last")
+
+
+def test_layers_of_few_bits_get_no_others():
+    few_bits = MatrixCompression(0.6, batches=2, whole_bits=(4,))
+    with pytest.raises(FiftyfoldError, match="exclude it from QuantizationAwareTraining"):
+        make_trainer([few_bits, QuantizationAwareTraining(8, start=2)]).fit(OddUser())
+    module = OddUser()
+    make_trainer([few_bits, QuantizationAwareTraining(8, start=2, exclude=r"layers\.")]).fit(module)
+    assert [entry["op"] for entry in structure_log(module)] == ["compress_matrices", "quantize", "quantize"]
+
+
+def test_what_has_few_bits_is_told_of(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer([MatrixCompression(0.3, batches=2, whole_bits=(3,))]).fit(OddUser())
+    assert "compressed 12 layers (12 of them whole, in few bits) to 2" in caplog.text
 
 
 def test_what_is_compressed_already_is_not_compressed_again(tmp_path):
@@ -111,6 +136,8 @@ def test_what_is_compressed_already_is_not_compressed_again(tmp_path):
         ({"batches": 0}, "at least 1"),
         ({"allocation": "fair"}, "allocation must be one of"),
         ({"families": ["tucker"]}, "families must be some of"),
+        ({"factor_bits": 4}, "factor_bits must be 8 or 16"),
+        ({"whole_bits": [1]}, "whole_bits must be some of 3, 4 and 8"),
     ],
     ids=str,
 )

@@ -33,7 +33,9 @@ from fiftyfold.modules.tensor_network.layers import (
     TensorNetworkEmbedding,
     TensorNetworkLayer,
     change_gauge,
+    narrow_pivots,
     normalize_gauge,
+    stored_pivots,
 )
 
 LayerToPack = QuantizedLayer | PackedLayer | TensorNetworkLayer
@@ -197,6 +199,7 @@ def store_network(layer: TensorNetworkLayer) -> None:
     """Give a network in floating point the form in which a file keeps it, in place."""
     layer.trained_gauge = layer.trained_gauge or layer.form.gauge
     change_gauge(layer, "fixed")
+    narrow_pivots(layer)
     layer.keeps_merged = True
 
 
@@ -215,7 +218,7 @@ def _pack_network(name: str, layer: QuantizedNetworkLayer, entry: PackedEntry) -
     packed.weight.data, packed.weight_scale = torch.cat(codes), torch.cat(scales)
     _copy_ranges(layer, packed)
     if PIVOTS in layer._buffers:
-        packed._buffers[PIVOTS] = layer.get_buffer(PIVOTS).clone()
+        packed._buffers[PIVOTS] = layer.get_buffer(PIVOTS).to(stored_pivots(layer.form), copy=True)
     if not torch.equal(packed.dense_weight(layer.weight.dtype), layer.dense_weight()):
         raise FiftyfoldError(f"{name!r} does not unpack to the weight that was trained; please report this as a bug.")
     return packed

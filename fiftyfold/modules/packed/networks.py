@@ -24,6 +24,7 @@ from fiftyfold.modules.tensor_network.layers import (
     TensorNetworkEmbedding,
     TensorNetworkLayer,
     TensorNetworkLinear,
+    stored_pivots,
 )
 
 
@@ -56,8 +57,7 @@ class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
         self.register_ranges(device)
         self.register_buffer("output_type", torch.empty(0, dtype=dtype, device=device), persistent=False)
         if form.gauge == "fixed":
-            integer = torch.int16 if form.pivot_bytes == 2 else torch.int32
-            self.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=integer, device=device))
+            self.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=stored_pivots(form), device=device))
 
     def matrices(self) -> list[torch.Tensor]:
         """Return the matrices of numbers that the bits stand for."""

@@ -26,6 +26,7 @@ from fiftyfold.modules.tensor_network.layers import (
     TensorNetworkLinear,
     install_network,
     matrix_shape,
+    narrow_pivots,
 )
 
 SHARED_BUFFERS = ("weight_scale", PIVOTS)
@@ -181,6 +182,7 @@ def _store_network(dense: nn.Module, entry: PackedEntry) -> None:
     assert entry.stored_network is not None
     install_network(dense, entry.stored_network)
     assert isinstance(dense, TensorNetworkLayer)
+    narrow_pivots(dense)
     dense.trained_gauge, dense.keeps_merged = entry.network.gauge, True
 
 

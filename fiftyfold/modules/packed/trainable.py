@@ -16,7 +16,13 @@ from fiftyfold.modules.packed.networks import (
 )
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS, activate
 from fiftyfold.modules.surgery import replace_module
-from fiftyfold.modules.tensor_network.layers import PIVOTS, TensorNetworkLayer, change_gauge, install_network
+from fiftyfold.modules.tensor_network.layers import (
+    PIVOTS,
+    TensorNetworkLayer,
+    change_gauge,
+    install_network,
+    widen_pivots,
+)
 
 
 def make_trainable(model: nn.Module) -> None:
@@ -71,6 +77,8 @@ def _trainable_network(packed: PackedNetworkLayer, weights: dict[int, nn.Paramet
     for name in (*RANGE_BUFFERS, PIVOTS):
         if name in layer._buffers:
             layer._buffers[name] = packed.get_buffer(name)
+    assert isinstance(layer, TensorNetworkLayer)
+    widen_pivots(layer)
     return layer.train(packed.training)
 
 
@@ -79,6 +87,7 @@ def _free(module: TensorNetworkLayer, weights: dict[int, nn.Parameter]) -> None:
     stored = module.weight
     if module.trained_gauge is not None:
         change_gauge(module, module.trained_gauge)
+    widen_pivots(module)
     freed = module.weight
     assert isinstance(freed, nn.Parameter)
     module.register_parameter("weight", weights.setdefault(id(stored), freed))

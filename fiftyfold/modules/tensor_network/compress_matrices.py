@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.quantization.quantize import quantize
+from fiftyfold.modules.quantization.quantize import quantize_operation
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
 from fiftyfold.modules.tensor_network.budget import Allocation, memory_groups, spread_bytes
@@ -107,23 +107,19 @@ def compress_matrices(
         targets=targets,
         exclude=exclude,
     )
-    apply_operation(model, compression.operation(step), [] if optimizer is None else [optimizer])
-    compression.give_values(model, [] if optimizer is None else [optimizer])
-    for bits, names in compression.quantized(factor_bits).items():
-        quantize(
-            model,
-            weight_bits=bits,
-            activation_bits=None,
-            granularity="per_channel",
-            targets=[f"^{re.escape(name)}$" for name in names],
-            step=step,
-        )
+    optimizers = [] if optimizer is None else [optimizer]
+    apply_operation(model, compression.operation(step), optimizers)
+    compression.give_values(model, optimizers)
+    for operation in compression.quantizing(model, step):
+        apply_operation(model, operation, optimizers)
     return compression.results
 
 
 class CompressionArguments(TypedDict, total=False):
     """Arguments that :func:`compress_matrices` and what plans for it have in common."""
 
+    factor_bits: int
+    whole_bits: Sequence[int]
     families: Sequence[Family]
     allocation: Allocation
     compressed_prefix: bool
@@ -140,11 +136,13 @@ class Compression:
         results: what becomes of each matrix, by the layer's name.
         values: the state dict of each layer that gets a network, or is rounded, by its name.
         orders: of the channels that were sorted between these layers; their networks and biases have it already.
+        factor_bits: of a factor's number.
     """
 
     results: dict[str, CompressedMatrix]
     values: dict[str, dict[str, torch.Tensor]]
     orders: ChannelOrders
+    factor_bits: int
 
     def operation(self, step: int, part: str = "") -> Operation:
         """Return the log's entry.
@@ -159,11 +157,27 @@ class Compression:
         errors = {name: round(found[name].error, 6) for name in found}
         return network_operation(OPERATION, forms, step) | {"errors": errors}
 
-    def quantized(self, factor_bits: int) -> dict[int, list[str]]:
-        """Return which layers are to be quantized by row, by the bits of their numbers."""
-        bits = {name: result.whole_bits or factor_bits for name, result in self.results.items() if name in self.values}
-        widths = sorted(set(bits.values()) - {16}, reverse=True)
-        return {width: [name for name, own in bits.items() if own == width] for width in widths}
+    def quantizing(self, model: nn.Module, step: int, part: str = "") -> list[Operation]:
+        """Return the log's entries that put the layers of few bits under their quantizers, by row.
+
+        Args:
+            model: what carries the log; it has had the operation.
+            step: as for :meth:`operation`.
+            part: as for :meth:`operation`.
+        """
+        prefix = f"{part}." if part else ""
+        bits = {name: self.results[name].whole_bits or self.factor_bits for name in self.values}
+        return [
+            quantize_operation(
+                model,
+                weight_bits=width,
+                activation_bits=None,
+                granularity="per_channel",
+                targets=[f"^{re.escape(prefix + name)}$" for name, own in bits.items() if own == width],
+                step=step,
+            )
+            for width in sorted(set(bits.values()) - {16}, reverse=True)
+        ]
 
     @torch.no_grad()
     def give_values(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -180,25 +194,19 @@ class Compression:
         permute_bias_state(model, self.orders, optimizers)
 
 
-def check_arguments(
-    keep: float,
-    *,
-    factor_bits: int = 16,
-    whole_bits: Sequence[int] = (),
-    **arguments: Unpack[CompressionArguments],
-) -> None:
+def check_arguments(keep: float, **arguments: Unpack[CompressionArguments]) -> None:
     """Refuse arguments that no model could make good.
 
     Raises:
         FiftyfoldError: naming the argument.
     """
-    plan = Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
+    plan = Plan(**arguments)
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
         raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
     if not plan.families or any(family not in FAMILIES for family in plan.families):
         raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(plan.families)}.")
-    if plan.bits not in _FACTOR_BITS:
-        raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.bits!r}.")
+    if plan.factor_bits not in _FACTOR_BITS:
+        raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.factor_bits!r}.")
     if any(bits not in _WHOLE_BITS for bits in plan.whole_bits):
         raise FiftyfoldError(f"whole_bits must be some of 3, 4 and 8, not {list(plan.whole_bits)}.")
     if plan.allocation not in get_args(Allocation):
@@ -210,9 +218,6 @@ def plan_compression(
     model: nn.Module,
     batches: Iterable[Batch],
     keep: float = 0.3,
-    *,
-    factor_bits: int = 16,
-    whole_bits: Sequence[int] = (),
     **arguments: Unpack[CompressionArguments],
 ) -> Compression:
     """Find what :func:`compress_matrices` would carry out, and change nothing.
@@ -221,15 +226,21 @@ def plan_compression(
         FiftyfoldError: as :func:`compress_matrices` does.
     """
     check_order(structure_log(model), [OPERATION])
-    check_arguments(keep, factor_bits=factor_bits, whole_bits=whole_bits, **arguments)
-    plan = Plan(bits=factor_bits, whole_bits=whole_bits, **arguments)
+    check_arguments(keep, **arguments)
+    plan = Plan(**arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         sizes = spread_bytes(
-            model, names, found, keep=keep, allocation=plan.allocation, bits=factor_bits, whole_bits=whole_bits
+            model,
+            names,
+            found,
+            keep=keep,
+            allocation=plan.allocation,
+            bits=plan.factor_bits,
+            whole_bits=plan.whole_bits,
         )
         student, results, orders = _compressed_copy(model, names, found, sizes, plan)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -246,7 +257,7 @@ def plan_compression(
     }
     if not values:
         raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
-    return Compression(results, values, orders.cpu())
+    return Compression(results, values, orders.cpu(), plan.factor_bits)
 
 
 def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]:

@@ -60,9 +60,9 @@ class CompressedMatrix:
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of :func:`.compress_matrices`, which explains them; ``bits`` are those of a factor's number."""
+    """The arguments of :func:`.compress_matrices`, which explains them."""
 
-    bits: int
+    factor_bits: int = 16
     whole_bits: Sequence[int] = ()
     families: Sequence[Family] = FAMILIES_BY_DEFAULT
     allocation: Allocation = "outputs"
@@ -74,7 +74,7 @@ class Plan:
 
 def first_error(sizes: Mapping[str, float], plan: Plan, name: str, matrix: torch.Tensor, metric: Metric) -> float:
     """Return the squared relative error of the best form after one sweep."""
-    form, networks = best_form(matrix, metric, tuple(plan.families), sizes[name], plan.bits, sweeps=1)
+    form, networks = best_form(matrix, metric, tuple(plan.families), sizes[name], plan.factor_bits, sweeps=1)
     return metric.relative_error(matrix, whole_matrix(networks, form.shape)) ** 2
 
 
@@ -120,9 +120,9 @@ def _keep_whole(
     if not widths:
         return None
     rounded = round_to_grid(target, metric.moment, widths[0])
-    bound = _CLEARLY_NEARER * float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.bits)])
-    if plan.bits < 16:
-        bound = max(bound, rounding_error(target, metric, plan.bits))
+    bound = _CLEARLY_NEARER * float(low_rank_curve(target, metric)[largest_rank(shape, size, plan.factor_bits)])
+    if plan.factor_bits < 16:
+        bound = max(bound, rounding_error(target, metric, plan.factor_bits))
     if metric.relative_error(target, rounded) ** 2 > bound:
         return None
     weight = layer.weight
@@ -133,21 +133,21 @@ def _keep_whole(
 
 
 def _install_best(layer: nn.Module, target: torch.Tensor, metric: Metric, size: float, plan: Plan) -> CompressedMatrix:
-    form, networks = best_form(target, metric, tuple(plan.families), size, plan.bits, sweeps=plan.sweeps)
+    form, networks = best_form(target, metric, tuple(plan.families), size, plan.factor_bits, sweeps=plan.sweeps)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     # Factors of unlike size learn at unlike speed: what heals best is what starts balanced.
     numbers, pivots = flat_numbers([balanced(cores) for cores in networks]), None
-    if plan.bits < 16:
+    if plan.factor_bits < 16:
         form = form.with_gauge("fixed")
         numbers, pivots = fixed_numbers(networks)
-        numbers = _rounded(numbers, form, plan.bits)
+        numbers = _rounded(numbers, form, plan.factor_bits)
     if isinstance(layer, TensorNetworkLayer):
         to_dense(layer)
     install_network(layer, form, nn.Parameter(numbers.to(weight.dtype), requires_grad=weight.requires_grad))
     if pivots is not None:
         layer.get_buffer(PIVOTS).copy_(pivots)
-    return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.bits), 0.0)
+    return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.factor_bits), 0.0)
 
 
 def _rounded(numbers: torch.Tensor, form: NetworkForm, bits: int) -> torch.Tensor:

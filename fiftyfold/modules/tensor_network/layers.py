@@ -299,10 +299,27 @@ def install_network(module: nn.Module, form: NetworkForm, weight: nn.Parameter |
     module.register_parameter("weight", weight)
     module._buffers.pop(PIVOTS, None)
     if form.gauge == "fixed":
-        integer = torch.int16 if form.pivot_bytes == 2 else torch.int32
-        module.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=integer, device=weight.device))
+        # Processes that train together send each other their buffers, and cannot send 16-bit integers.
+        module.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=torch.int32, device=weight.device))
     module.form = form
     module._break_even = break_even(form)
+
+
+def narrow_pivots(module: TensorNetworkLayer) -> None:
+    """Hold the places of the identity's rows as a file does, in place."""
+    if PIVOTS in module._buffers:
+        module._buffers[PIVOTS] = module.get_buffer(PIVOTS).to(stored_pivots(module.form))
+
+
+def widen_pivots(module: TensorNetworkLayer) -> None:
+    """Hold the places of the identity's rows as training does, in place."""
+    if PIVOTS in module._buffers:
+        module._buffers[PIVOTS] = module.get_buffer(PIVOTS).int()
+
+
+def stored_pivots(form: NetworkForm) -> torch.dtype:
+    """Return the type in which a file holds the places of the identity's rows."""
+    return torch.int16 if form.pivot_bytes == 2 else torch.int32
 
 
 @torch.no_grad()
