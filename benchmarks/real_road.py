@@ -10,6 +10,7 @@ a cell that has one is skipped, and an interrupted one goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -23,6 +24,8 @@ from transformers import AutoTokenizer
 from fiftyfold.app.recipe import Recipe
 from fiftyfold.app.road import build_callbacks, build_data, compare, fine_tune, travel
 from fiftyfold.app.training import quiet_lightning, score
+from fiftyfold.datamodules.glue_files import read_file
+from fiftyfold.datamodules.glue_tasks import get_task
 
 RESULTS = Path(__file__).parent / "results" / "real_road"
 SEED = 42
@@ -44,6 +47,37 @@ BUDGETS = {
     "stsb": TaskBudget(4, 8),
     "qnli": TaskBudget(3, 2),
 }
+
+
+@dataclass(frozen=True)
+class MoreTexts:
+    """Texts beside a task's training set, of which the students' teacher alone says what to make.
+
+    Attributes:
+        epochs: over the training set and all of these.
+        sources: files in GLUE's folder, each with the task whose form it has; the first pairs of each.
+        most: how many pairs of each file.
+    """
+
+    epochs: int
+    sources: tuple[tuple[str, str], ...]
+    most: int
+
+
+MORE_TEXTS = {
+    "rte": MoreTexts(2, (("RTE/train.tsv", "rte"), ("RTE/test.tsv", "rte"), ("MNLI/train.tsv", "mnli")), 10_000),
+    "stsb": MoreTexts(
+        2,
+        (
+            ("STS-B/test.tsv", "stsb"),
+            ("MRPC/train.tsv", "mrpc"),
+            ("MRPC/test.tsv", "mrpc"),
+            ("QQP/train.tsv", "qqp"),
+        ),
+        8_000,
+    ),
+}
+"""RTE's own training set stands there once more, lest texts of another kind outnumber it by too much."""
 TEACHER_LEARNING_RATE = 1e-4
 STUDENT_LEARNING_RATE = 4e-4
 
@@ -59,6 +93,7 @@ CELLS = [
     *(f"w1a8-{task}" for task in BUDGETS),
     *(f"{variant}-{task}" for task in STUDIED for variant in VARIANTS if variant != "w1a8"),
     *(f"w1a8-no-distillation-{task}" for task in STUDIED),
+    *(f"w1a8-more-texts-{task}" for task in MORE_TEXTS),
 ]
 
 
@@ -120,9 +155,24 @@ def run_cell(cell: str, model: str, data: str, work: Path) -> dict[str, Any]:
     if variant == "w1a8-no-distillation":
         module = fine_tune(recipe, work / cell, build_callbacks(recipe))
         return {"recipe": recipe.to_json(), "scores": score(module, build_data(recipe))}
-    recipe = replace(recipe, **VARIANTS[variant])
+    if variant == "w1a8-more-texts":
+        texts = work / f"more-texts-{task}.jsonl"
+        write_texts(MORE_TEXTS[task], task, Path(data), texts)
+        recipe = replace(recipe, unlabelled=str(texts), epochs=MORE_TEXTS[task].epochs, checks_per_epoch=4)
+    else:
+        recipe = replace(recipe, **VARIANTS[variant])
     rows = travel(recipe, work / cell)
     return {"recipe": recipe.to_json(), "rows": [row.to_json() for row in rows]}
+
+
+def write_texts(more: MoreTexts, task: str, data: Path, file: Path) -> None:
+    """Write further texts in the task's form, as JSON lines."""
+    columns = [names[0] for names in get_task(task).text_columns]
+    with file.open("w", encoding="utf-8") as lines:
+        for source, form in more.sources:
+            pairs = zip(*read_file(data / source, get_task(form), labelled=None).texts, strict=True)
+            for pair in itertools.islice(pairs, more.most):
+                lines.write(json.dumps(dict(zip(columns, pair, strict=True)), ensure_ascii=False) + "\n")
 
 
 def remeasure(work: Path) -> None:
