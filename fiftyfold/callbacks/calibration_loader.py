@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ from fiftyfold.errors import FiftyfoldError
 def undisturbed(trainer: Trainer, seed: int = 0) -> Iterator[Iterable[Any]]:
     """Give a fresh pass over the training data inside the block, the same one whenever it is asked for.
 
-    Random numbers go on after the block as if it had not been.
+    Each of several processes gets batches of its own, as far as there are enough. Random numbers go on after the block
+    as if it had not been.
 
     Args:
         trainer: in training.
@@ -31,7 +33,7 @@ def undisturbed(trainer: Trainer, seed: int = 0) -> Iterator[Iterable[Any]]:
         torch.manual_seed(seed)
         source = trainer.fit_loop._data_source
         if source.is_module():
-            yield source.dataloader()
+            yield _own_share(source.dataloader(), trainer)
             return
         loader = trainer.train_dataloader
         if type(loader) is not DataLoader:
@@ -46,6 +48,14 @@ def undisturbed(trainer: Trainer, seed: int = 0) -> Iterator[Iterable[Any]]:
         finally:
             for generator, state in zip(generators.values(), states, strict=True):
                 generator.set_state(state)
+
+
+def _own_share(loader: Any, trainer: Trainer) -> Iterable[Any]:
+    """Return every so-manieth batch of a loader to which Lightning would give a sampler for each process."""
+    plain = isinstance(loader, DataLoader) and trainer._data_connector._requires_distributed_sampler(loader)
+    if not plain or len(loader) < trainer.world_size:
+        return loader  # type: ignore[no-any-return]
+    return itertools.islice(loader, trainer.global_rank, None, trainer.world_size)
 
 
 def _twin(loader: DataLoader[Any]) -> DataLoader[Any]:

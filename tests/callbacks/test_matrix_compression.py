@@ -7,15 +7,17 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fiftyfold.callbacks import MatrixCompression, QuantizationAwareTraining
+from fiftyfold.callbacks.calibration_loader import undisturbed
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices
 from fiftyfold.modules.structure import compression_root, structure_log
 from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
+from tests.ranks import run_on_ranks
 from tests.strangers import BertUser, OddUser, assert_same_tensors, make_trainer
 from tests.tiny import tiny_batch
 
@@ -73,6 +75,28 @@ def test_the_run_goes_on_as_if_nothing_had_been_read(loader):
     assert structure_log(compressed)[0]["step"] == 5
     trained = compressed.seen[:5] + compressed.seen[7:]
     assert trained == plain.seen, "the second pass draws no number and takes no batch from the first"
+
+
+@pytest.mark.parametrize("injected", [True, False])
+def test_each_process_calibrates_on_batches_of_its_own_where_lightning_would_share_them_out(injected):
+    class Fed(Classifier):
+        def train_dataloader(self):
+            return DataLoader(pairs(), batch_size=8, shuffle=True)
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            with undisturbed(trainer) as loader:
+                self.seen = [value for x, _ in loader for value in x[:, 0].tolist()]
+
+    def body():
+        look = Look()
+        options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": injected, "max_steps": 1}
+        make_trainer([look], max_epochs=-1, **options).fit(Fed())
+        return look.seen
+
+    first, second = run_on_ranks(body)
+    every = sorted(pairs().tensors[0][:, 0].tolist())
+    assert sorted(first + second) == (every if injected else sorted(every * 2))
 
 
 def test_a_training_step_that_does_not_count_its_batches():
