@@ -26,6 +26,7 @@ def compress(
     batch_size: int = 32,
     learning_rate: float = 1e-4,
     warmup: float = 0.1,
+    dropout: float | None = None,
     max_length: int | None = None,
     group_by_length: bool = False,
     limit_train: int | None = None,
@@ -54,6 +55,7 @@ def compress(
         batch_size: sentences a step.
         learning_rate: peak of the linear warm-up and decay.
         warmup: share of the training over which the learning rate rises.
+        dropout: of the student while it trains; by default the teacher's.
         max_length: longest input in tokens; by default 64 for single sentences, 128 for pairs.
         group_by_length: put sentences of like length into one batch, which pads less and trains quicker.
         limit_train: use only so many training rows, drawn with the seed.
@@ -79,6 +81,7 @@ def compress(
         batch_size=batch_size,
         learning_rate=learning_rate,
         warmup=warmup,
+        dropout=dropout,
         max_length=max_length,
         group_by_length=group_by_length,
         limit_train=limit_train,

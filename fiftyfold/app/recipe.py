@@ -29,6 +29,7 @@ class Recipe:
     batch_size: int = 32
     learning_rate: float = 1e-4
     warmup: float = 0.1
+    dropout: float | None = None
     max_length: int | None = None
     group_by_length: bool = False
     limit_train: int | None = None

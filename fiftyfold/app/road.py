@@ -101,6 +101,7 @@ def build_module(recipe: Recipe) -> DistillationModule:
         keep=recipe.keep,
         stages=recipe.stages,
         warmup=recipe.warmup,
+        dropout=recipe.dropout,
         optimizer=_optimizer(recipe),
     )
 

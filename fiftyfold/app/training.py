@@ -87,11 +87,19 @@ def _stamp_options(stamp: Path, options: str) -> None:
     found = stamp.read_text(encoding="utf-8")
     if not found:
         stamp.write_text(options, encoding="utf-8")
-    elif found != options:
+    elif _chosen(found) != _chosen(options):
         raise FiftyfoldError(
             f"{stamp.parent} holds an unfinished run with other options; repeat that command to finish it, "
             "or delete the folder to begin anew."
         )
+
+
+def _chosen(options: str) -> Any:
+    """Return the options that are set: a version that knows more of them has the others unset."""
+    try:
+        return {name: value for name, value in json.loads(options).items() if value is not None}
+    except (ValueError, AttributeError, RecursionError):
+        return options
 
 
 def train(

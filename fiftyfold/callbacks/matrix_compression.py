@@ -22,6 +22,7 @@ from fiftyfold.callbacks.operation_callback import Event, OperationCallback, ope
 from fiftyfold.callbacks.quantization_aware_training import QuantizationAwareTraining
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.calibration import calls_of
+from fiftyfold.modules.quantization.quantize import OPERATION as QUANTIZATION
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, compression_root, structure_log
 from fiftyfold.modules.surgery import plain_name
@@ -95,10 +96,21 @@ class MatrixCompression(OperationCallback):
         self._found: tuple[str, Compression] | None = None
 
     @property
+    def operations(self) -> tuple[str, ...]:
+        """Few bits are quantizers, which nothing that changes shapes can follow."""
+        return (OPERATION, QUANTIZATION) if self._has_few_bits else (OPERATION,)
+
+    @property
     def events(self) -> list[Event]:
-        """One, named by what it keeps and of which layers."""
-        where = "".join(f", {name}={self.arguments[name]!r}" for name in ("targets", "exclude"))
+        """One, named by what it keeps, of which layers, and in which bits if they are few."""
+        where = f", targets={self.arguments['targets']!r}, exclude={self.arguments['exclude']!r}"
+        if self._has_few_bits:
+            where += f", factor_bits={self.arguments['factor_bits']}, whole_bits={self.arguments['whole_bits']}"
         return [Event(self.start, f"MatrixCompression(keep={self.keep}{where})")]
+
+    @property
+    def _has_few_bits(self) -> bool:
+        return self.arguments["factor_bits"] < 16 or bool(self.arguments["whole_bits"])
 
     def prepare(self, root: nn.Module, trainer: Trainer) -> None:
         """Refuse strategies that shard: no batch can be had before they do."""
@@ -113,12 +125,10 @@ class MatrixCompression(OperationCallback):
         super().on_train_start(trainer, pl_module)
         root = compression_root(pl_module)
         mine = set(find_matrices(root, self.arguments["targets"], self.arguments["exclude"]))
-        if self.arguments["factor_bits"] == 16 and not self.arguments["whole_bits"]:
-            return
-        for callback in operation_callbacks(trainer):
+        for callback in operation_callbacks(trainer) if self._has_few_bits else ():
             if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback.targets_in(root)):
                 raise FiftyfoldError(
-                    f"MatrixCompression gives {min(both)!r} its bits; exclude it from QuantizationAwareTraining."
+                    f"MatrixCompression chooses the bits of {min(both)!r}; exclude it from QuantizationAwareTraining."
                 )
 
     def plan(self, event: Event, root: nn.Module, trainer: Trainer) -> Operation:  # noqa: ARG002

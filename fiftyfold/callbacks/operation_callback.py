@@ -19,7 +19,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from fiftyfold.callbacks.loop_progress import mend_epoch_count
 from fiftyfold.callbacks.moment import Moment
@@ -33,6 +32,7 @@ from fiftyfold.callbacks.sharding import (
     shards,
     share_new_parameters,
 )
+from fiftyfold.callbacks.weight_averages import averaged_copies, leave_integers_whole
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.checkpoint import SHARDED_LOGS_KEY
 from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
@@ -79,6 +79,11 @@ class OperationCallback(Callback, ABC):
         self._last_step: int | None = None
         self._due: list[tuple[int, Event]] = []
         self._names: list[GroupNames] | None = None
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Kinds of all operations of one event, in their order."""
+        return (self.operation,)
 
     @property
     @abstractmethod
@@ -167,6 +172,7 @@ class OperationCallback(Callback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule and refuse one that cannot be kept."""
         mend_epoch_count(trainer)
+        leave_integers_whole(trainer)
         due = [(event.moment.resolve(trainer), event) for event in self.events]
         self._due = sorted(due, key=lambda entry: entry[0])
         for (step, event), (next_step, next_event) in itertools.pairwise(self._due):
@@ -258,16 +264,6 @@ def operation_callbacks(trainer: Trainer) -> Iterator[OperationCallback]:
             yield callback
 
 
-def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the copies of the module that weight-averaging callbacks keep."""
-    for callback in trainer.callbacks:
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel):
-            yield average.module
-        elif isinstance(average, LightningModule):
-            yield average
-
-
 def batch_mask(batch: Any) -> torch.Tensor | None:
     """Return the batch's attention mask, ``[batch, length]``, if it has one."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -298,7 +294,7 @@ def _refuse_impossible(callbacks: list[OperationCallback], root: nn.Module) -> N
         )
     events = ((step, at, event) for at, callback in enumerate(callbacks) for step, event in callback.pending(root))
     pending = sorted(events, key=lambda entry: entry[:2])
-    check_order(structure_log(root), [callbacks[position].operation for _, position, _ in pending])
+    check_order(structure_log(root), [name for _, position, _ in pending for name in callbacks[position].operations])
     if any(callbacks[position].operation == REDUCTION for _, position, _ in pending):
         total = len(layer_stack(root, find_layer_stack(root)))
         for _, position, event in pending:

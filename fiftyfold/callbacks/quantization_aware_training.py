@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from fiftyfold.callbacks.moment import Moment, When, read_schedule
-from fiftyfold.callbacks.operation_callback import Event, OperationCallback, averaged_copies, operation_callbacks
+from fiftyfold.callbacks.operation_callback import Event, OperationCallback, operation_callbacks
+from fiftyfold.callbacks.weight_averages import averaged_copies
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import is_eligible
 from fiftyfold.modules.quantization.quantize import QuantizeArguments, install_quantizers, quantize_operation

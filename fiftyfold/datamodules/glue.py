@@ -62,7 +62,7 @@ class GLUEDataModule(LightningDataModule):
         max_length: longest input in tokens; None gives 64 for single sentences and 128 for pairs. It is never more
             than the tokenizer says that its model can read.
         num_workers: processes that prepare batches in advance. Batches take about a millisecond, so 0 is mostly best.
-        limit_train: train on so many examples only, chosen by the seed.
+        limit_train: train on so many examples of the training set only, chosen by the seed.
         augmented: a file written by the augmentation; trained on in place of the training set, which it contains.
         unlabelled: a file with more of the task's texts, in any form that its own files may have; trained on beside
             the training set. Labels in it are not read, and training batches have none: for distillation.

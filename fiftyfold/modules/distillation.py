@@ -20,6 +20,7 @@ from fiftyfold.modules.distillation_losses import (
     mean_squared_error,
     soft_cross_entropy,
 )
+from fiftyfold.modules.dropout import set_dropout
 from fiftyfold.modules.fine_tuning import load_student, load_teacher
 from fiftyfold.modules.layer_reduction import choose_layers, student_from_teacher, surviving_layers
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
@@ -79,6 +80,8 @@ class DistillationModule(TaskModule):
         logit_weight: the same for the predictions.
         hard_label_share: share of the true labels in the loss on the predictions, 0 to 1; XTC has none.
         temperature: softens both predictions.
+        dropout: of the student while it trains; None keeps its own. A student of few bits rarely fits its teacher too
+            closely, and matches it better without.
         mask_padding: leave padding out of the losses on hidden states and attention scores (and, in a decoder, keys
             after their query). XTC's code counts it.
         teacher_precision: ``"8bit"`` and ``"4bit"`` hold the teacher in bitsandbytes' formats.
@@ -103,6 +106,7 @@ class DistillationModule(TaskModule):
         logit_weight: float = 1.0,
         hard_label_share: float = 0.0,
         temperature: float = 1.0,
+        dropout: float | None = None,
         mask_padding: bool = True,
         teacher_precision: TeacherPrecision = "full",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5),
@@ -134,6 +138,8 @@ class DistillationModule(TaskModule):
             else load_student(student, "student")
         )
         _check_fit(self.student, teacher_model, self._first_layers, self._stages)
+        if dropout is not None:
+            set_dropout(self.student, dropout)
         attach_structure(self.student)
         self._first_log_length = len(structure_log(self.student))
         self._student_stack = find_layer_stack(self.student)

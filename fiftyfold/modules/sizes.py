@@ -13,7 +13,7 @@ from fiftyfold.modules.packed.skeleton import expected_tensors
 from fiftyfold.modules.quantization.bitsandbytes_layers import BitsandbytesLinear
 from fiftyfold.modules.quantization.layers import QuantizedLayer
 from fiftyfold.modules.quantization.settings import WeightSettings
-from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
+from fiftyfold.modules.tensor_network.layers import PIVOTS, TensorNetworkLayer
 
 SCALE_BYTES = 2
 
@@ -39,13 +39,17 @@ def model_size(model: nn.Module, number_bytes: int = 2) -> Size:
         number_bytes: bytes of a number that nothing quantizes: 2 for float16, 4 for float32.
     """
     special = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, _LAYERS)}
+    networks = [layer for layer in model.modules() if isinstance(layer, TensorNetworkLayer)]
+    # Counted with their forms: a file holds them in fewer bytes than training.
+    pivots = {id(layer._buffers[PIVOTS]) for layer in networks if PIVOTS in layer._buffers}
     parameters, total = 0, 0.0
     for tensor in expected_tensors(model).values():
         layer = special.get(id(tensor))
         if layer is None:
             counted = isinstance(tensor, nn.Parameter)
             parameters += tensor.numel() if counted else 0
-            total += tensor.numel() * (number_bytes if tensor.is_floating_point() else tensor.element_size())
+            if id(tensor) not in pivots:
+                total += tensor.numel() * (number_bytes if tensor.is_floating_point() else tensor.element_size())
         elif isinstance(layer, BitsandbytesLinear):
             parameters += layer.in_features * layer.out_features
             total += tensor.nbytes
@@ -64,7 +68,8 @@ def _layer_size(layer: nn.Module, number_bytes: int) -> tuple[int, float]:
             form = layer.form.with_gauge("fixed")
             return form.count, form.stored_bytes(8 * number_bytes)
         shapes = [shape for shape in layer.form.matrix_shapes if shape[0]]
-        return layer.form.count, sum(_quantized_bytes(shape, settings) for shape in shapes)
+        places = layer.form.pivots * layer.form.pivot_bytes
+        return layer.form.count, places + sum(_quantized_bytes(shape, settings) for shape in shapes)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     if settings is None:

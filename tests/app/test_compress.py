@@ -156,6 +156,21 @@ def test_an_unfinished_run_with_other_options_is_not_overwritten(
     assert (place / "small.work" / "options.json").read_text() == "{}"
 
 
+def test_an_unfinished_run_of_a_version_with_fewer_options_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(road, "deliver", lambda *_, **__: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception):
+        main(COMMAND)
+    stamp = place / "small.work" / "options.json"
+    options = json.loads(stamp.read_text())
+    assert options.pop("dropout") is None
+    stamp.write_text(json.dumps(options))
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert main(COMMAND) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -8,13 +8,15 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fiftyfold.callbacks import MatrixCompression, QuantizationAwareTraining
 from fiftyfold.callbacks.calibration_loader import undisturbed
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import compress_matrices
+from fiftyfold.modules import compress_matrices, export
+from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.structure import compression_root, structure_log
 from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
 from tests.ranks import run_on_ranks
@@ -128,6 +130,40 @@ def test_an_average_of_the_weights_gets_the_values_too(bits):
     averaged = average._average_model.module
     assert structure_log(compression_root(averaged)) == structure_log(compression_root(module))
     assert_same_tensors(averaged.state_dict(), module.state_dict(), "an average that forgets all but the last")
+
+
+def test_an_average_has_the_same_places_of_the_gauges_rows(tmp_path):
+    # At this decay a float average of an integer with itself is cut off below it.
+    few_bits = MatrixCompression(0.45, batches=2, factor_bits=8, start=2)
+    trainer = make_trainer([EMAWeightAveraging(decay=0.9), few_bits], tmp_path)
+    trainer.fit(BertUser())
+    (path,) = tmp_path.glob("step=6.ckpt")
+    saved = torch.load(path, weights_only=True)
+    places = [name for name in saved["state_dict"] if name.endswith(".pivots")]
+    assert len(places) == 24
+    for name in places:
+        assert torch.equal(saved["state_dict"][name], saved["current_model_state"][name]), name
+
+
+def test_what_cannot_follow_few_bits_is_refused_before_the_training():
+    first, second = (
+        MatrixCompression(0.6, batches=2, factor_bits=8, targets=t, start=s) for t, s in (("up", 0), ("down", 5))
+    )
+    module = OddUser()
+    with pytest.raises(FiftyfoldError, match="cannot follow 'quantize'"):
+        make_trainer([first, second]).fit(module)
+    assert structure_log(compression_root(module)) == []
+
+
+def test_the_size_that_is_foretold_is_the_files(tmp_path):
+    model = BertUser().model
+    batches = [tiny_batch(10 * at, vocab=50) for at in range(2)]
+    compress_matrices(model, batches, 0.45, factor_bits=8, whole_bits=(4,))
+    foretold = model_size(model).bytes
+    export(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.endswith("pivots") for name in tensors)
+    assert foretold == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_layers_of_few_bits_get_no_others():

@@ -21,6 +21,9 @@ from fiftyfold.modules.structure import Operation, apply_operation, register_ope
 from fiftyfold.modules.surgery import leave_fused_paths
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding
 
+OPERATION: Final = "quantize"
+"""Kind of a log's entry."""
+
 
 class QuantizeArguments(TypedDict, total=False):
     """The arguments that say what to quantize and how; :func:`quantize` explains them."""
@@ -146,7 +149,7 @@ def quantize_operation(
         _check_layer(name, layers[name], settings)
     used = [settings for settings in (linear, by_row) if settings in chosen.values()]
     return {
-        "op": "quantize",
+        "op": OPERATION,
         "targets": {name: used.index(settings) for name, settings in chosen.items()},
         "settings": [settings.to_json() for settings in used],
         "step": step,
@@ -211,4 +214,4 @@ def _read(operation: Operation) -> dict[str, LayerSettings]:
         raise FiftyfoldError("the log's entry 'quantize' cannot be read; the file is corrupt.") from error
 
 
-register_operation("quantize", _replay, undo=_undo)
+register_operation(OPERATION, _replay, undo=_undo)
