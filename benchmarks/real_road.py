@@ -57,11 +57,13 @@ class MoreTexts:
         epochs: over the training set and all of these.
         sources: files in GLUE's folder, each with the task whose form it has; the first pairs of each.
         most: how many pairs of each file.
+        dropout: of the student; None is the teacher's.
     """
 
     epochs: int
     sources: tuple[tuple[str, str], ...]
     most: int
+    dropout: float | None = None
 
 
 MORE_TEXTS = {
@@ -76,6 +78,7 @@ MORE_TEXTS = {
         ),
         8_000,
     ),
+    "qnli": MoreTexts(2, (("QNLI/test.tsv", "qnli"),), 10_000, dropout=0.0),
 }
 """RTE's own training set stands there once more, lest texts of another kind outnumber it by too much."""
 TEACHER_LEARNING_RATE = 1e-4
@@ -157,8 +160,9 @@ def run_cell(cell: str, model: str, data: str, work: Path) -> dict[str, Any]:
         return {"recipe": recipe.to_json(), "scores": score(module, build_data(recipe))}
     if variant == "w1a8-more-texts":
         texts = work / f"more-texts-{task}.jsonl"
-        write_texts(MORE_TEXTS[task], task, Path(data), texts)
-        recipe = replace(recipe, unlabelled=str(texts), epochs=MORE_TEXTS[task].epochs, checks_per_epoch=4)
+        more = MORE_TEXTS[task]
+        write_texts(more, task, Path(data), texts)
+        recipe = replace(recipe, unlabelled=str(texts), epochs=more.epochs, dropout=more.dropout, checks_per_epoch=4)
     else:
         recipe = replace(recipe, **VARIANTS[variant])
     rows = travel(recipe, work / cell)
