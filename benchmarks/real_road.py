@@ -67,7 +67,9 @@ class MoreTexts:
 
 
 MORE_TEXTS = {
-    "rte": MoreTexts(2, (("RTE/train.tsv", "rte"), ("RTE/test.tsv", "rte"), ("MNLI/train.tsv", "mnli")), 10_000),
+    "rte": MoreTexts(
+        2, (("RTE/train.tsv", "rte"), ("RTE/test.tsv", "rte"), ("MNLI/train.tsv", "mnli")), 3_000, dropout=0.0
+    ),
     "stsb": MoreTexts(
         2,
         (
