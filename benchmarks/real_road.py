@@ -83,6 +83,7 @@ MORE_TEXTS = {
     "qnli": MoreTexts(2, (("QNLI/test.tsv", "qnli"),), 10_000, dropout=0.0),
 }
 """RTE's own training set stands there once more, lest texts of another kind outnumber it by too much."""
+
 TEACHER_LEARNING_RATE = 1e-4
 STUDENT_LEARNING_RATE = 4e-4
 

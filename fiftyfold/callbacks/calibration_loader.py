@@ -51,7 +51,7 @@ def undisturbed(trainer: Trainer, seed: int = 0) -> Iterator[Iterable[Any]]:
 
 
 def _own_share(loader: Any, trainer: Trainer) -> Iterable[Any]:
-    """Return every so-manieth batch of a loader to which Lightning would give a sampler for each process."""
+    """Return this process's share of the batches of a loader to which Lightning would give a distributed sampler."""
     plain = isinstance(loader, DataLoader) and trainer._data_connector._requires_distributed_sampler(loader)
     if not plain or len(loader) < trainer.world_size:
         return loader  # type: ignore[no-any-return]

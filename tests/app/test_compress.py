@@ -49,13 +49,13 @@ def test_a_teacher_becomes_a_folder_that_transformers_opens(place: Path, capsys:
 def test_texts_without_labels_are_trained_on_too(place: Path) -> None:
     rows = (place / "data" / "SST-2" / "train.tsv").read_text().count("\n") - 1
     (place / "more.jsonl").write_text('{"sentence": "the film was not boring ."}\n' * rows)
-    steps = []
+    made = []
     for folder, options in {"alone": [], "beside": ["--unlabelled", "more.jsonl"]}.items():
         assert main([*COMMAND[:-3], folder, "--epochs", "1", *options]) == 0
         report = json.loads((place / folder / "fiftyfold_report.json").read_text())
-        steps.append((report["run"]["recipe"]["unlabelled"], digest(place / folder)))
-    assert [source for source, _ in steps] == [None, "more.jsonl"]
-    assert steps[0][1] != steps[1][1]
+        made.append((report["run"]["recipe"]["unlabelled"], digest(place / folder)))
+    assert [source for source, _ in made] == [None, "more.jsonl"]
+    assert made[0][1] != made[1][1]
 
 
 def test_the_report_command_prints_the_table_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
