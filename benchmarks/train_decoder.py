@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from fiftyfold.app.benchmark import processor_name
 
 VOCABULARY = 4096
 CONTEXT = 256
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scored-tokens", type=int, default=10**9, help="score so many tokens of each split only")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("medium")
@@ -53,7 +56,8 @@ def main() -> None:
         "learning_rate": arguments.learning_rate,
         "context": CONTEXT,
         "seed": SEED,
-        "wall_seconds_on_a_shared_core": round(seconds),
+        "wall_seconds": round(seconds),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor_name(),
     }
     for split in ("valid", "test"):
         nats = mean_loss(model, tokens[split][: arguments.scored_tokens])
@@ -133,12 +137,12 @@ def train(
     Returns:
         The model, and the seconds that all parts of the run took together.
     """
-    model = build_model()
+    model = build_model().to(arguments.device)
     optimizer = torch.optim.AdamW(groups(model), lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)
     checkpoint = arguments.output / "last.ckpt"
     first, before = 0, 0.0
     if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=arguments.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, before = state["step"], state["seconds"]
@@ -147,7 +151,7 @@ def train(
     for step in range(first, arguments.steps):
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * rate(step, arguments.steps)
-        batch = windows(tokens, step, arguments.batch_size)
+        batch = windows(tokens, step, arguments.batch_size).to(arguments.device)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -196,12 +200,12 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, tokens: torch.Tensor) -> float:
+def mean_loss(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return the mean nats a token over disjoint windows."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16):
+    for batch in tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT).to(model.device).split(16):
         predicted = batch.numel() - len(batch)
         total += float(model(input_ids=batch, labels=batch, use_cache=False).loss) * predicted
         count += predicted

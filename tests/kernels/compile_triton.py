@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fiftyfold.kernels.triton import activations, embedding, linear, weights
+from fiftyfold.kernels.triton import activations, embedding, linear, tokens, weights
 
 POINTERS = {
     "x": "*fp32", "y": "*fp32", "codes": "*i8", "packed": "*u8", "scales": "*fp32", "sums": "*i32", "largest": "*fp32",
@@ -29,9 +29,9 @@ POINTERS = {
 }  # fmt: skip
 GRID = {"HAS_CLIP": True, "STATIC": False, "CHUNK": 1024}
 WEIGHT = {"HAS_CLIP": True, "CHUNK": 1024}
-PRODUCT = {"HAS_BIAS": True, "SPLIT": 1}
+PRODUCT = {"HAS_BIAS": True, "SPLIT": 1, "EARLY": True}
 KERNELS = [
-    ("quantize", activations._quantize_kernel, {}, GRID),
+    ("quantize", activations._quantize_kernel, {}, {**GRID, "EARLY": True}),
     ("fake_quantize", activations._fake_quantize_kernel, {}, GRID),
     *(
         (
@@ -44,22 +44,22 @@ KERNELS = [
     ),
     *(
         (
-            f"vector_{bits}",
-            linear._vector_kernel,
-            {"codes": "*i32", "packed": "*i32"},
-            {**PRODUCT, "BITS": bits, "OUTPUTS": linear.VECTOR_OUTPUTS, "WORDS": 8 * bits},
+            f"tokens_{bits}",
+            tokens._tokens_kernel,
+            {"x": "*bf16", "packed": "*i32"},
+            {**GRID, "HAS_BIAS": True, "BITS": bits, "OUTPUTS": 32 // bits, "BLOCKS": 16, "CHUNK": 4096},
         )
         for bits in (1, 2)
     ),
     *(
         (
-            f"matrix_{bits}_{tokens}",
+            f"matrix_{bits}_{count}",
             linear._matrix_kernel,
             {},
-            {**PRODUCT, "BITS": bits, "TOKENS": tokens, "OUTPUTS": outputs, "BYTES": 32 * bits},
+            {**PRODUCT, "BITS": bits, "TOKENS": count, "OUTPUTS": outputs, "BLOCKS": 1},
         )
         for bits in (1, 2)
-        for tokens, outputs in ((16, 64), (128, 128))
+        for count, outputs in ((16, 64), (128, 128))
     ),
     ("sum", weights._sum_kernel, {"sums": "*fp64"}, {**WEIGHT, "BEYOND": True, "PER_GROUP": 1}),
     ("largest", weights._largest_kernel, {}, WEIGHT),

@@ -83,13 +83,15 @@ def test_the_largest_sums(bits, tokens, sign):
     assert_equal_to_the_reference(torch.full((tokens, 4096), -3.0, device=DEVICE), codes, bits, full_range=True)
 
 
+@pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("split", [2, 3])
-def test_a_split_changes_no_bit(tokens, split):
-    quantized = quantize_tokens(torch.randn(tokens, 800, device=DEVICE))
-    packed, scale = to_planes(codes_of(2, 20, 800), 2), torch.rand(1, 20, device=DEVICE)
-    whole = linear.multiply_planes(*quantized, packed, scale, weight_bits=2, split=1)
-    assert torch.equal(linear.multiply_planes(*quantized, packed, scale, weight_bits=2, split=split), whole)
+@pytest.mark.parametrize(("split", "blocks"), [(2, 1), (3, 1), (1, 2), (2, 2), (1, 8)])
+def test_how_a_product_is_shared_out_changes_no_bit(bits, tokens, split, blocks):
+    quantized = quantize_tokens(torch.randn(tokens, 1300, device=DEVICE))
+    packed, scale = to_planes(codes_of(bits, 20, 1300), bits), torch.rand(1, 20, device=DEVICE)
+    whole = linear.multiply_planes(*quantized, packed, scale, weight_bits=bits, plan=linear.Plan(16, 16, 1, 1, 4, 3))
+    shared = linear.Plan(16, 32, blocks, split, 4, 2)
+    assert torch.equal(linear.multiply_planes(*quantized, packed, scale, weight_bits=bits, plan=shared), whole)
 
 
 def test_the_split_fills_a_gpu_and_no_more():

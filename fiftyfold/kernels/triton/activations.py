@@ -6,11 +6,14 @@ ordered as the magnitudes are, with NaN above all. And ``/`` is approximate on a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from fiftyfold.kernels.activations import SMALLEST_SCALE, code_bounds
+from fiftyfold.kernels.triton.early_start import gdc_launch_dependents, starts_early
 from fiftyfold.kernels.triton.planes import padded_inputs
 
 LARGEST_CHUNK = 4096
@@ -69,6 +72,16 @@ def token_codes(values: tl.tensor, scale: tl.tensor, lowest: tl.tensor, highest:
 
 
 @triton.jit
+def code_bits(values: tl.tensor, scale: tl.tensor, lowest: tl.tensor, highest: tl.tensor) -> tl.tensor:
+    """Return integers whose lowest bytes are the codes of :func:`token_codes`; of NaN, any.
+
+    They are the bits of the sum that rounds, which spares making numbers of them.
+    """
+    quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), lowest), highest)
+    return (quotient + _ROUNDER).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _quantize_kernel(
     x: tl.tensor,
     codes: tl.tensor,
@@ -84,7 +97,10 @@ def _quantize_kernel(
     HAS_CLIP: tl.constexpr,
     STATIC: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     x += token * columns
     scale = token_scale(x, columns, divisor, clip, largest, HAS_CLIP, STATIC, CHUNK)
@@ -160,8 +176,9 @@ def quantize_tokens(
     scales = x.new_empty(tokens, dtype=torch.float32)
     sums = x.new_empty(tokens, dtype=torch.int32)
     if tokens:
-        grid = _grid(x, bits, full_range, clip, largest)
-        _quantize_kernel[(tokens,)](x, codes, scales, sums, grid.pop("largest"), inputs, padded, **grid)
+        grid = grid_arguments(x, bits, full_range, clip, largest)
+        early = starts_early(x.device)
+        _quantize_kernel[(tokens,)](x, codes, scales, sums, grid.pop("largest"), inputs, padded, EARLY=early, **grid)
     return codes, scales, sums
 
 
@@ -188,15 +205,16 @@ def fake_quantize_tokens(
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        grid = _grid(x, bits, full_range, clip, largest)
+        grid = grid_arguments(x, bits, full_range, clip, largest)
         tokens = x.numel() // x.shape[-1]
         _fake_quantize_kernel[(tokens,)](x, y, grid.pop("largest"), x.shape[-1], **grid)
     return y
 
 
-def _grid(
+def grid_arguments(
     x: torch.Tensor, bits: int, full_range: bool, clip: float | None, largest: torch.Tensor | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
+    """Return what kernels take that quantize ``x``; the arguments are those of :func:`quantize_tokens`."""
     lowest, highest = code_bounds(bits, full_range)
     return {
         "largest": x if largest is None else largest.float(),

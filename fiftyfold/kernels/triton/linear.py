@@ -1,13 +1,16 @@
 """The packed linear layer on a GPU: int8 products with weights that stay packed until they are in registers.
 
-For one token, ``dp4a`` multiplies four bytes at a time; for more, int8 tensor cores do, with the weights as the left
-operand, because that one may come from registers. Few tokens cannot fill a GPU, so the inputs are split among programs
-that write their int32 sums aside; integers add up to the same in any order, so every split gives the same bits.
+One token is multiplied by :mod:`fiftyfold.kernels.triton.tokens`; for more, int8 tensor cores do it, with the weights
+as the left operand, because that one may come from registers. Few tokens cannot fill a GPU, so the inputs are split
+among programs that write their int32 sums aside; integers add up to the same in any order, so every split gives the
+same bits.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,90 +18,12 @@ import triton.language as tl
 
 from fiftyfold.kernels.linear import integer_linear
 from fiftyfold.kernels.triton.activations import quantize_tokens
-from fiftyfold.kernels.triton.planes import BLOCK, block_bytes, from_planes
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, which has no inline assembly."""
-
-VECTOR_OUTPUTS = 16
-"""Outputs of a program that multiplies one token."""
+from fiftyfold.kernels.triton.early_start import gdc_launch_dependents, gdc_wait, starts_early
+from fiftyfold.kernels.triton.planes import BLOCK, from_planes
+from fiftyfold.kernels.triton.sums import rescaled
+from fiftyfold.kernels.triton.tokens import multiply_tokens
 
 _BLOCK = tl.constexpr(BLOCK)
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _dot4(weights: tl.tensor, tokens: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """Add the products of four unsigned and four signed bytes, packed into words, to ``total``."""
-    if _INTERPRETED:
-        for byte in tl.static_range(4):
-            weight = (weights >> (8 * byte)) & 255
-            total += weight * ((tokens << (24 - 8 * byte)) >> 24)
-        return total
-    return tl.inline_asm_elementwise(
-        "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weights, tokens, total], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _rescaled(
-    total: tl.tensor,
-    token_sum: tl.tensor,
-    token_scale: tl.tensor,
-    weight_scale: tl.tensor,
-    bias: tl.tensor,
-    BITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-) -> tl.tensor:
-    """Turn sums over stored weights, which are not negative, into outputs."""
-    exact = total * (2 if BITS == 1 else 1) - token_sum
-    output = exact.to(tl.float32) * token_scale * weight_scale
-    if HAS_BIAS:
-        output += bias
-    return output
-
-
-@triton.jit
-def _vector_kernel(
-    codes: tl.tensor,
-    packed: tl.tensor,
-    scales: tl.tensor,
-    sums: tl.tensor,
-    weight_scale: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    partial: tl.tensor,
-    tokens: tl.tensor,
-    outputs: tl.tensor,
-    blocks: tl.tensor,
-    BITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    WORDS: tl.constexpr,
-) -> None:
-    """Multiply one token: codes and weights are read as words of four bytes."""
-    part, token = tl.program_id(1), tl.program_id(2)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    word = tl.arange(0, WORDS)
-    inside = output < outputs
-    MASK: tl.constexpr = 0x01010101 if BITS == 1 else 0x03030303
-    total = tl.zeros((OUTPUTS, WORDS), tl.int32)
-    for block in range(part, blocks, SPLIT):
-        place = (output[:, None].to(tl.int64) * blocks + block) * WORDS + word[None, :]
-        weights = tl.load(packed + place, mask=inside[:, None], other=0)
-        for plane in tl.static_range(8 // BITS):
-            values = tl.load(codes + token * blocks * (_BLOCK // 4) + block * (_BLOCK // 4) + plane * WORDS + word)
-            stored = (weights >> (BITS * plane)) & MASK
-            total = _dot4(stored, tl.broadcast_to(values[None, :], (OUTPUTS, WORDS)), total)
-    found = tl.sum(total, 1)
-    if SPLIT > 1:
-        tl.store(partial + (part * tokens + token) * outputs + output, found, mask=inside)
-    else:
-        factor = tl.load(weight_scale + output, mask=inside, other=0.0)
-        shift = tl.load(bias + output, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        result = _rescaled(found, tl.load(sums + token), tl.load(scales + token), factor, shift, BITS, HAS_BIAS)
-        tl.store(y + token * outputs + output, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -119,24 +44,31 @@ def _matrix_kernel(
     SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """Multiply a tile of tokens on tensor cores."""
+    """Multiply a tile of tokens on tensor cores, ``BLOCKS`` blocks of inputs at once."""
+    BYTES: tl.constexpr = _BLOCK * BITS // 8
     part = tl.program_id(2)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    byte = tl.arange(0, BYTES)
+    byte = tl.arange(0, BYTES * BLOCKS)
     inside = output < outputs
     present = token < tokens
     MASK: tl.constexpr = 1 if BITS == 1 else 3
     rows = output.to(tl.int64) * blocks
     lines = token.to(tl.int64) * blocks * _BLOCK
     total = tl.zeros((OUTPUTS, TOKENS), tl.int32)
-    for block in range(part, blocks, SPLIT):
-        weights = tl.load(packed + (rows[:, None] + block) * BYTES + byte[None, :], mask=inside[:, None], other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    for block in range(part * BLOCKS, blocks, SPLIT * BLOCKS):
+        there = byte < (blocks - block) * BYTES
+        place = (rows[:, None] + block) * BYTES + byte[None, :]
+        weights = tl.load(packed + place, mask=inside[:, None] & there[None, :], other=0)
         for plane in tl.static_range(8 // BITS):
-            place = lines[:, None] + block * _BLOCK + plane * BYTES + byte[None, :]
-            values = tl.load(codes + place, mask=present[:, None], other=0)
+            column = (block + byte // BYTES) * _BLOCK + plane * BYTES + byte % BYTES
+            values = tl.load(codes + lines[:, None] + column[None, :], mask=present[:, None] & there[None, :], other=0)
             stored = ((weights >> (BITS * plane)) & MASK).to(tl.int8)
             total = tl.dot(stored, tl.trans(values), total)
     mask = inside[:, None] & present[None, :]
@@ -147,7 +79,7 @@ def _matrix_kernel(
         shift = tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
         token_sum = tl.load(sums + token, mask=present, other=0)
         scale = tl.load(scales + token, mask=present, other=0.0)
-        result = _rescaled(total, token_sum[None, :], scale[None, :], factor[:, None], shift, BITS, HAS_BIAS)
+        result = rescaled(total, token_sum[None, :], scale[None, :], factor[:, None], shift, BITS, HAS_BIAS)
         place = token[None, :].to(tl.int64) * outputs + output[:, None]
         tl.store(y + place, result.to(y.dtype.element_ty), mask=mask)
 
@@ -166,17 +98,20 @@ def _finish_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Add up what the splits wrote aside, and rescale."""
     token = tl.program_id(1)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = output < outputs
     total = tl.zeros((OUTPUTS,), tl.int32)
+    if EARLY:
+        gdc_wait()
     for part in tl.static_range(SPLIT):
         total += tl.load(partial + (part * tokens + token) * outputs + output, mask=inside, other=0)
     factor = tl.load(weight_scale + output, mask=inside, other=0.0)
     shift = tl.load(bias + output, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    result = _rescaled(total, tl.load(sums + token), tl.load(scales + token), factor, shift, BITS, HAS_BIAS)
+    result = rescaled(total, tl.load(sums + token), tl.load(scales + token), factor, shift, BITS, HAS_BIAS)
     tl.store(y + token * outputs + output, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -212,10 +147,37 @@ def packed_linear(
     if activation_bits > 8:  # codes that int8 does not hold
         codes = from_planes(planes, bits, x.shape[-1])
         return integer_linear(x, codes, scale, bias, bits=activation_bits, clip=clip, largest=largest)
+    activation_grid: dict[str, Any] = {
+        "bits": activation_bits, "full_range": full_range, "clip": clip, "largest": largest,
+    }  # fmt: skip
     with torch.cuda.device_of(x):
-        quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
-        y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
+        if len(rows) == 1:
+            y = multiply_tokens(rows, planes, scale, bias, weight_bits=bits, **activation_grid)
+        else:
+            quantized = quantize_tokens(rows, **activation_grid)
+            y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
     return y.view(*x.shape[:-1], scale.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is shared out.
+
+    Attributes:
+        tokens: that a program computes.
+        outputs: that a program computes.
+        blocks: of inputs that a program reads at once.
+        split: among how many programs the inputs of an output are split.
+        warps: of a program.
+        stages: how many reads are on their way at once.
+    """
+
+    tokens: int
+    outputs: int
+    blocks: int
+    split: int
+    warps: int
+    stages: int
 
 
 def multiply_planes(
@@ -228,7 +190,7 @@ def multiply_planes(
     *,
     weight_bits: int,
     dtype: torch.dtype = torch.float32,
-    split: int | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """Multiply quantized tokens by packed weights.
 
@@ -241,7 +203,7 @@ def multiply_planes(
         bias: (outputs,) or none.
         weight_bits: 1 (binary) or 2 (ternary).
         dtype: type of the result.
-        split: among how many programs the inputs of an output are split; chosen by the sizes if left out.
+        plan: chosen by the sizes if left out.
 
     Returns:
         (tokens, outputs).
@@ -251,40 +213,32 @@ def multiply_planes(
     if not tokens or not outputs:
         return y
     blocks = codes.shape[1] // BLOCK
-    tile_tokens, tile_outputs = _tile(tokens)
-    programs = triton.cdiv(outputs, tile_outputs) * triton.cdiv(tokens, tile_tokens)
-    split = min(blocks, _split(programs, blocks, _processors(codes.device))) if split is None else min(split, blocks)
-    partial = codes.new_empty((split, tokens, outputs), dtype=torch.int32) if split > 1 else y
-    shared = {"BITS": weight_bits, "HAS_BIAS": bias is not None}
-    shared |= {"SPLIT": split, "enable_fp_fusion": False}
+    plan = plan or choose_plan(tokens, outputs, blocks, weight_bits, _processors(codes.device))
+    partial = codes.new_empty((plan.split, tokens, outputs), dtype=torch.int32) if plan.split > 1 else y
+    early = starts_early(codes.device)
+    shared = {"BITS": weight_bits, "HAS_BIAS": bias is not None, "SPLIT": plan.split, "EARLY": early}
+    shared |= {"enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
     factors = (scales, sums, weight_scale, y if bias is None else bias)
     sizes = (tokens, outputs)
-    columns = triton.cdiv(outputs, tile_outputs)
-    if tile_tokens == 1:
-        words = (codes.view(torch.int32), packed.view(torch.int32))
-        _vector_kernel[(columns, split, tokens)](
-            *words, *factors, y, partial, *sizes, blocks, OUTPUTS=tile_outputs, WORDS=block_bytes(weight_bits) // 4,
-            num_warps=4, **shared,
-        )  # fmt: skip
-    else:
-        _matrix_kernel[(columns, triton.cdiv(tokens, tile_tokens), split)](
-            codes, packed, *factors, y, partial, *sizes, blocks, TOKENS=tile_tokens, OUTPUTS=tile_outputs,
-            BYTES=block_bytes(weight_bits), num_warps=8 if tile_tokens > 32 else 4, num_stages=3, **shared,
-        )  # fmt: skip
-    if split > 1:
+    _matrix_kernel[(triton.cdiv(outputs, plan.outputs), triton.cdiv(tokens, plan.tokens), plan.split)](
+        codes, packed, *factors, y, partial, *sizes, blocks, TOKENS=plan.tokens, OUTPUTS=plan.outputs,
+        BLOCKS=plan.blocks, num_warps=plan.warps, num_stages=plan.stages, **shared,
+    )  # fmt: skip
+    if plan.split > 1:
         _finish_kernel[(triton.cdiv(outputs, 256), tokens)](partial, *factors, y, *sizes, OUTPUTS=256, **shared)
     return y
 
 
-def _tile(tokens: int) -> tuple[int, int]:
-    """Return how many tokens and outputs a program computes."""
-    if tokens == 1:
-        return 1, VECTOR_OUTPUTS
-    if tokens <= 16:
-        return 16, 64
-    if tokens <= 32:
-        return 32, 64
-    return (64, 128) if tokens <= 64 else (128, 128)
+def choose_plan(tokens: int, outputs: int, blocks: int, weight_bits: int, processors: int) -> Plan:  # noqa: ARG001
+    """Return how to share out a product: in tiles that fill a GPU, the inputs split where there are too few."""
+    if tokens <= 64:
+        tile_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+        tile_outputs = 64 if tokens <= 32 else 128
+        programs = triton.cdiv(outputs, tile_outputs)
+        split = _split(programs, blocks, processors)
+        return Plan(tile_tokens, tile_outputs, 1, split, 4 if tokens <= 32 else 8, 3)
+    programs = triton.cdiv(outputs, 128) * triton.cdiv(tokens, 128)
+    return Plan(128, 128, 1, _split(programs, blocks, processors), 8, 3)
 
 
 def _split(programs: int, blocks: int, processors: int) -> int:
