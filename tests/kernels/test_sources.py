@@ -51,7 +51,7 @@ def test_paths_that_this_processor_has_not_give_the_same_sums(tmp_path):
     # Emulated instructions are whole functions; an optimizing compiler takes minutes to inline them.
     build_driver(tmp_path / "driver", host_compiler(), "-O0", "-DFF_EMULATED")
     output = run_driver([str(tmp_path / "driver")], 6)
-    for path in ("avx512", "avxvnni", "avx2", "portable"):
+    for path in ("amx", "avx512", "avxvnni", "avx2", "portable"):
         assert f"{path} checked" in output
 
 

@@ -1,8 +1,14 @@
 // Products with AVX512-VNNI: four products added to 32 bits in each of sixteen lanes (`vpdpbusd`).
 //
-// Weights are unpacked in registers, by vector pipes that the products leave free.
+// Weights are unpacked in registers, by vector pipes that the products leave free on AMD's processors. Intel's have none
+// to spare: for many rows, weights are unpacked there once, into a *panel* in the caches.
 #pragma once
+#if defined(__x86_64__) && !defined(FF_EMULATED)
+#include <cpuid.h>
+#endif
+
 #include "products.h"
+#include "scratch.h"
 #include "simd_x86.h"
 
 namespace fiftyfold {
@@ -25,6 +31,71 @@ FF_AVX512 static FF_INLINE __m512i four_codes(const int8_t* x) {
   int32_t codes;
   std::memcpy(&codes, x, sizeof codes);
   return _mm512_set1_epi32(codes);
+}
+
+// Unpacks one group's weights of BLOCKS blocks side by side into operands of 64 bytes, four inputs each: those of a block
+// `operand` bytes apart, those of its neighbour `column` bytes further on.
+template <int BITS, int BLOCKS>
+FF_AVX512 static void unpack(
+    const uint8_t* weight, int64_t blocks, int64_t operand, int64_t column, uint8_t* panel) {
+  const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int b = 0; b < BLOCKS; b++) {
+      const __m512i packed = _mm512_loadu_si512(weight + (block * BLOCKS + b) * kBlockBytes);
+      uint8_t* to = panel + b * column + block * (8 / BITS) * operand;
+#pragma GCC unroll 8
+      for (int part = 0; part < 8 / BITS; part++) {
+        const __m512i stored = _mm512_and_si512(part ? _mm512_srli_epi16(packed, BITS * part) : packed, mask);
+        _mm512_storeu_si512(to + part * operand, stored);
+      }
+    }
+  }
+}
+
+// Where this thread unpacks.
+static inline uint8_t* panel_of(int64_t bytes) {
+  static thread_local Scratch scratch;
+  return scratch.reserve(static_cast<size_t>(bytes));
+}
+
+template <int ROWS, int BLOCKS>
+FF_AVX512 static FF_INLINE void store_sums(const __m512i (&total)[ROWS][BLOCKS], int32_t* sums) {
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) {
+      _mm512_storeu_si512(sums + row * kUnitOutputs + b * kBlockOutputs, total[row][b]);
+    }
+  }
+}
+
+// ROWS rows times a panel whose neighbours lie side by side: sums (rows x 64).
+template <int ROWS, int BLOCKS>
+FF_AVX512 static FF_INLINE void multiply_panel(
+    const int8_t* x, int64_t stride, const uint8_t* panel, int64_t inputs, int32_t* sums) {
+  __m512i total[ROWS][BLOCKS];
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) total[row][b] = _mm512_setzero_si512();
+  }
+  for (int64_t k = 0; k < inputs; k += 16) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+      __m512i stored[BLOCKS];
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; b++) {
+        stored[b] = _mm512_loadu_si512(panel + ((k / 4 + part) * BLOCKS + b) * kBlockBytes);
+      }
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; row++) {
+        const __m512i four = four_codes(x + row * stride + k + 4 * part);
+#pragma GCC unroll 4
+        for (int b = 0; b < BLOCKS; b++) add_products_of(total[row][b], stored[b], four);
+      }
+    }
+  }
+  store_sums(total, sums);
 }
 
 // ROWS rows times BLOCKS blocks side by side, one group of inputs: sums (rows x 64).
@@ -58,13 +129,7 @@ FF_AVX512 static FF_INLINE void multiply_rows(
       }
     }
   }
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; row++) {
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; b++) {
-      _mm512_storeu_si512(sums + row * kUnitOutputs + b * kBlockOutputs, total[row][b]);
-    }
-  }
+  store_sums(total, sums);
 }
 
 // One row. Codes stay where they are in their byte and count 2**(BITS * place) times, so that hardly any shift is
@@ -149,8 +214,51 @@ FF_AVX512 static void multiply_unit(const UnitWork& work) {
 }
 
 template <int BITS>
+FF_AVX512 static void multiply_unit_by_panel(const UnitWork& work) {
+  const int64_t inputs = work.group_blocks * (32 / BITS);
+  int32_t sums[6 * kUnitOutputs];
+  uint8_t* panel = panel_of(inputs / 4 * kUnitBlocks * kBlockBytes);
+  for (int64_t group = 0; group < work.groups; group++) {
+    unpack<BITS, kUnitBlocks>(work.weight + group * work.group_blocks * kUnitBlocks * kBlockBytes, work.group_blocks,
+                              kUnitBlocks * kBlockBytes, kBlockBytes, panel);
+    const int8_t* x = work.codes + group * inputs;
+    for (int64_t row = 0; row < work.rows;) {
+      const int64_t rows = tile_rows(work.rows - row, work.planes), stride = work.stride;
+      const int8_t* from = x + row * stride;
+      switch (rows) {
+        case 6: multiply_panel<6, kUnitBlocks>(from, stride, panel, inputs, sums); break;
+        case 5: multiply_panel<5, kUnitBlocks>(from, stride, panel, inputs, sums); break;
+        case 4: multiply_panel<4, kUnitBlocks>(from, stride, panel, inputs, sums); break;
+        case 3: multiply_panel<3, kUnitBlocks>(from, stride, panel, inputs, sums); break;
+        case 2: multiply_panel<2, kUnitBlocks>(from, stride, panel, inputs, sums); break;
+        default: multiply_panel<1, kUnitBlocks>(from, stride, panel, inputs, sums);
+      }
+      finish(work, sums, kUnitOutputs, row, rows, 0, work.outputs, group);
+      row += rows;
+    }
+  }
+}
+
+// Whether unpacking takes the pipes that multiply.
+static inline bool shares_pipes() {
+#if defined(FF_EMULATED)
+  return true;
+#else
+  static const bool intel = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kGenuineIntel = 0x756e6547;  // "Genu"
+    return __get_cpuid(0, &a, &b, &c, &d) && b == kGenuineIntel;
+  }();
+  return intel;
+#endif
+}
+
+template <int BITS>
 FF_AVX512 static void multiply(const UnitWork& work) {
-  work.blocks == kUnitBlocks ? multiply_unit<BITS, kUnitBlocks>(work) : multiply_unit<BITS, 1>(work);
+  constexpr int64_t kFewestRowsOfPanel = 24;
+  if (work.blocks != kUnitBlocks) multiply_unit<BITS, 1>(work);
+  else if (work.rows >= kFewestRowsOfPanel && shares_pipes()) multiply_unit_by_panel<BITS>(work);
+  else multiply_unit<BITS, kUnitBlocks>(work);
 }
 
 FF_DEFINE_QUANTIZE(FF_AVX512)

@@ -16,6 +16,15 @@
 #undef FF_PATH
 #undef FF_VNNI
 #include "path_avx512.h"
+// A compiler without headers for AMX comes with an assembler without its instructions.
+#if defined(FF_EMULATED) || (defined(__linux__) && (__has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>)))
+#define FF_TILES 1
+#include "path_amx.h"
+#if !defined(FF_EMULATED)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 #elif defined(__aarch64__)
 #define FF_PATH neon
 #define FF_DOT 0
@@ -59,19 +68,35 @@ bool has_avx512_vnni() {
 }
 #endif
 
+#if defined(FF_TILES) && !defined(FF_EMULATED)
+// A process must ask the kernel for the tiles' memory before it uses them.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 struct Supported {
-  const Path* paths[5] = {};
+  const Path* paths[6] = {};
 
   Supported() {
     const Path** next = paths;
 #if defined(FF_EMULATED)
+    *next++ = &amx::kPath;
     *next++ = &avx512::kPath;
     *next++ = &avxvnni::kPath;
     *next++ = &avx2::kPath;
 #elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    if (avx2 && has_avx512_vnni()) *next++ = &avx512::kPath;
+    const bool avx512 = avx2 && has_avx512_vnni();
+#if defined(FF_TILES)
+    if (avx512 && has_amx()) *next++ = &amx::kPath;
+#endif
+    if (avx512) *next++ = &avx512::kPath;
     if (avx2 && __builtin_cpu_supports("avxvnni")) *next++ = &avxvnni::kPath;
     if (avx2) *next++ = &avx2::kPath;
 #elif defined(__aarch64__)

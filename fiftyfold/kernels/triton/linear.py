@@ -70,7 +70,7 @@ def _matrix_kernel(
             column = (block + byte // BYTES) * _BLOCK + plane * BYTES + byte % BYTES
             values = tl.load(codes + lines[:, None] + column[None, :], mask=present[:, None] & there[None, :], other=0)
             stored = ((weights >> (BITS * plane)) & MASK).to(tl.int8)
-            total = tl.dot(stored, tl.trans(values), total)
+            total = tl.dot(stored, tl.trans(values), total, out_dtype=tl.int32)
     mask = inside[:, None] & present[None, :]
     if SPLIT > 1:
         tl.store(partial + (part * tokens + token[None, :]) * outputs + output[:, None], total, mask=mask)
