@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Set before torch is imported: Lightning gives a process more threads otherwise, and those do not survive a fork.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Set before triton is imported: without a GPU its kernels are interpreted.
-if not os.path.exists("/dev/nvidiactl"):
+# Set before torch and triton are imported. GPUs are hidden, for processes that were forked cannot use them, and bits
+# are compared with those of the CPU; kernels for them are interpreted. tests/test_gpu.py tells how to test on a GPU.
+if os.environ.get("FIFTYFOLD_TESTS_ON_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

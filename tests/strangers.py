@@ -157,6 +157,7 @@ def make_trainer(callbacks: list[Callback] | None = None, folder: Path | None = 
         )
     options.pop("every", None)
     options = {
+        "accelerator": "cpu",
         "max_epochs": EPOCHS,
         "limit_train_batches": BATCHES,
         "limit_val_batches": 0,
@@ -164,7 +165,6 @@ def make_trainer(callbacks: list[Callback] | None = None, folder: Path | None = 
         **options,
     }
     return Trainer(
-        accelerator="cpu",
         logger=False,
         enable_checkpointing=folder is not None,
         enable_progress_bar=False,

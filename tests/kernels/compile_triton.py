@@ -46,8 +46,8 @@ KERNELS = [
         (
             f"tokens_{bits}",
             tokens._tokens_kernel,
-            {"x": "*bf16", "packed": "*i32"},
-            {**GRID, "HAS_BIAS": True, "BITS": bits, "OUTPUTS": 32 // bits, "BLOCKS": 16, "CHUNK": 4096},
+            {"codes": "*i32", "packed": "*i32"},
+            {"HAS_BIAS": True, "EARLY": True, "BITS": bits, "OUTPUTS": 16 // bits, "BLOCKS": tokens.LARGEST_BLOCKS},
         )
         for bits in (1, 2)
     ),
@@ -56,7 +56,7 @@ KERNELS = [
             f"matrix_{bits}_{count}",
             linear._matrix_kernel,
             {},
-            {**PRODUCT, "BITS": bits, "TOKENS": count, "OUTPUTS": outputs, "BLOCKS": 1},
+            {**PRODUCT, "BITS": bits, "TOKENS": count, "OUTPUTS": outputs, "BLOCKS": 2 if count == 16 else 1},
         )
         for bits in (1, 2)
         for count, outputs in ((16, 64), (128, 128))
@@ -102,10 +102,7 @@ def compiled(kernel, types, constants, capability, warps):
 def main() -> None:
     """Compile all of them for one compute capability."""
     capability = int(sys.argv[1])
-    found = {
-        name: compiled(kernel, types, constants, capability, 8 if constants.get("TOKENS", 0) > 32 else 4)
-        for name, kernel, types, constants in KERNELS
-    }
+    found = {name: compiled(kernel, types, constants, capability, 4) for name, kernel, types, constants in KERNELS}
     print(json.dumps(found))
 
 

@@ -94,6 +94,15 @@ def test_how_a_product_is_shared_out_changes_no_bit(bits, tokens, split, blocks)
     assert torch.equal(linear.multiply_planes(*quantized, packed, scale, weight_bits=bits, plan=shared), whole)
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("tokens", [5, 16, 20, 60, 100, 600])
+def test_every_plan_that_is_chosen(bits, tokens):
+    """Compared with plain torch on the same device, for the interpreter takes long over many tokens."""
+    x, codes = torch.randn(tokens, 600, device=DEVICE), codes_of(bits, 70, 600)
+    scale = torch.rand(1, 70, device=DEVICE)
+    assert torch.equal(BACKEND.linear(x, arrange(codes, bits, 1), scale, None, bits), integer_linear(x, codes, scale))
+
+
 def test_the_split_fills_a_gpu_and_no_more():
     assert linear._split(programs=256, blocks=16, processors=132) == 2
     assert linear._split(programs=12, blocks=16, processors=132) == 16
@@ -196,7 +205,7 @@ def test_machine_code_has_what_makes_it_fast_and_exact(tmp_path):
         assert (found["fused"], found["approximate"], found["local"]) == (0, 0, 0), name
         assert found["bytes"] > 0
         assert found["shared"] <= 99 * 1024 or "128" in name
-        if name.startswith("vector"):
+        if name.startswith("tokens"):
             assert found["dp4a"], name
         if name.startswith("matrix"):
             assert found["tensor_cores"], name

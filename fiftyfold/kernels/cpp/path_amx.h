@@ -9,16 +9,17 @@
 namespace fiftyfold {
 namespace amx {
 
-#define FF_AMX FF_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")
+#define FF_AMX FF_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prefer-vector-width=512")
 
 // Rows below which AVX512 is quicker.
-constexpr int64_t kFewestRows = 3;
+constexpr int64_t kFewestRows = 12;
+constexpr int64_t kTokensAtOnce = 256;
+constexpr bool kFetch = false;
+constexpr int kBlocksAtOnce = 2;  // whose panel fits into the first cache
 constexpr int64_t kStepInputs = 64;
 constexpr int64_t kRowsAtOnce = 2 * tiles::kRows;
 
 FF_DEFINE_FINISH(FF_AMX)
-
-static inline int64_t steps_of(int64_t group_inputs) { return (group_inputs + kStepInputs - 1) / kStepInputs; }
 
 // Rows of codes as the tiles read them, 64 inputs a step. The last step may end earlier: its codes are copied beside
 // zeros, for nothing may be read beyond the rows.
@@ -44,55 +45,32 @@ struct Rows {
   }
 };
 
-// Up to 32 rows times 32 outputs: sums in tiles 0 to 3, codes in 4 and 5, weights in 6 and 7.
-static inline void multiply_pair(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
-  const int64_t column = steps * tiles::kBytes, stride = kUnitOutputs * 4;
+// Up to 16 rows, or with PAIRED 32, times 16 outputs or COUNT = 2 times as many: sums (rows x 64) in tiles 0 to 3, codes
+// in 4 and 5, weights in 6 and 7.
+template <int COUNT, bool PAIRED>
+static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
+  const int64_t stride = kUnitOutputs * 4;
   tiles::clear<0>(), tiles::clear<1>(), tiles::clear<2>(), tiles::clear<3>();
   for (int64_t step = 0; step < steps; step++) {
     const uint8_t* weights = panel + step * tiles::kBytes;
     tiles::load<6>(weights, tiles::kRowBytes);
     rows.load<4>(step, 0);
     tiles::add_products<0, 4, 6>();
-    tiles::load<7>(weights + column, tiles::kRowBytes);
-    tiles::add_products<1, 4, 7>();
-    rows.load<5>(step, tiles::kRows);
-    tiles::add_products<2, 5, 6>();
-    tiles::add_products<3, 5, 7>();
+    if (COUNT == 2) {
+      tiles::load<7>(weights + steps * tiles::kBytes, tiles::kRowBytes);
+      tiles::add_products<1, 4, 7>();
+    }
+    if (PAIRED) {
+      rows.load<5>(step, tiles::kRows);
+      tiles::add_products<2, 5, 6>();
+      if (COUNT == 2) tiles::add_products<3, 5, 7>();
+    }
   }
   int32_t* below = sums + tiles::kRows * kUnitOutputs;
-  tiles::store<0>(sums, stride), tiles::store<1>(sums + kBlockOutputs, stride);
-  tiles::store<2>(below, stride), tiles::store<3>(below + kBlockOutputs, stride);
-}
-
-// Up to 16 rows times 64 outputs: sums in tiles 0 to 3, codes in 4, weights in 5 to 7.
-static inline void multiply_wide(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
-  const int64_t column = steps * tiles::kBytes, stride = kUnitOutputs * 4;
-  tiles::clear<0>(), tiles::clear<1>(), tiles::clear<2>(), tiles::clear<3>();
-  for (int64_t step = 0; step < steps; step++) {
-    const uint8_t* weights = panel + step * tiles::kBytes;
-    rows.load<4>(step, 0);
-    tiles::load<5>(weights, tiles::kRowBytes);
-    tiles::add_products<0, 4, 5>();
-    tiles::load<6>(weights + column, tiles::kRowBytes);
-    tiles::add_products<1, 4, 6>();
-    tiles::load<7>(weights + 2 * column, tiles::kRowBytes);
-    tiles::add_products<2, 4, 7>();
-    tiles::load<5>(weights + 3 * column, tiles::kRowBytes);
-    tiles::add_products<3, 4, 5>();
-  }
-  tiles::store<0>(sums, stride), tiles::store<1>(sums + kBlockOutputs, stride);
-  tiles::store<2>(sums + 2 * kBlockOutputs, stride), tiles::store<3>(sums + 3 * kBlockOutputs, stride);
-}
-
-// Up to 16 rows times 16 outputs.
-static inline void multiply_narrow(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
-  tiles::clear<0>();
-  for (int64_t step = 0; step < steps; step++) {
-    rows.load<4>(step, 0);
-    tiles::load<6>(panel + step * tiles::kBytes, tiles::kRowBytes);
-    tiles::add_products<0, 4, 6>();
-  }
-  tiles::store<0>(sums, kUnitOutputs * 4);
+  tiles::store<0>(sums, stride);
+  if (COUNT == 2) tiles::store<1>(sums + kBlockOutputs, stride);
+  if (PAIRED) tiles::store<2>(below, stride);
+  if (PAIRED && COUNT == 2) tiles::store<3>(below + kBlockOutputs, stride);
 }
 
 // Tiles for `above` rows and for `below` rows beneath them.
@@ -108,44 +86,52 @@ static inline void configure(int64_t above, int64_t below) {
   tiles::configure(shapes);
 }
 
-// One group of one unit: rows in blocks of 32, or 16 where no more are there.
-template <int BITS, int BLOCKS>
-FF_AMX static void multiply_group(const UnitWork& work, int64_t group, uint8_t* panel) {
+// Asks for the outputs' memory while tiles are multiplied: a processor that waits for it then waits in vain.
+static inline void fetch_outputs(const UnitWork& work, int64_t row, int64_t rows, int64_t output, int64_t outputs) {
+  constexpr int64_t kLineFloats = 16;
+  for (int64_t token = row / work.planes; token < (row + rows) / work.planes; token++) {
+    const float* y = work.y + token * work.y_stride + output;
+    for (int64_t o = 0; o < outputs; o += kLineFloats) __builtin_prefetch(y + o, 1);
+  }
+}
+
+// One group of inputs, of COUNT of a unit's blocks from `first` on; rows 32 at once.
+template <int BITS, int BLOCKS, int COUNT>
+FF_AMX static void multiply_group(const UnitWork& work, int64_t group, int first, uint8_t* panel) {
   alignas(64) int32_t sums[kRowsAtOnce * kUnitOutputs];
-  const int64_t inputs = work.group_blocks * (32 / BITS), steps = steps_of(inputs);
-  const uint8_t* weight = work.weight + group * work.group_blocks * BLOCKS * kBlockBytes;
-  const int8_t* codes = work.codes + group * inputs;
+  const int64_t inputs = work.group_blocks * (32 / BITS), steps = (inputs + kStepInputs - 1) / kStepInputs;
   const int64_t column = steps * tiles::kBytes, used = work.group_blocks * (8 / BITS) * tiles::kRowBytes;
-  avx512::unpack<BITS, BLOCKS>(weight, work.group_blocks, tiles::kRowBytes, column, panel);
-  for (int b = 0; b < BLOCKS; b++) std::memset(panel + b * column + used, 0, static_cast<size_t>(column - used));
+  const uint8_t* weight = work.weight + (group * work.group_blocks * BLOCKS + first) * kBlockBytes;
+  avx512::unpack<BITS, BLOCKS, COUNT>(weight, work.group_blocks, tiles::kRowBytes, column, panel);
+  for (int b = 0; b < COUNT; b++) std::memset(panel + b * column + used, 0, static_cast<size_t>(column - used));
+  const int64_t output = first * kBlockOutputs, outputs = least(COUNT * kBlockOutputs, work.outputs - output);
   int64_t configured = 0;
-  for (int64_t row = 0; row < work.rows;) {
-    const bool paired = BLOCKS == kUnitBlocks && work.rows - row > tiles::kRows;
-    const int64_t count = least(work.rows - row, paired ? kRowsAtOnce : tiles::kRows);
-    if (count != configured) configure(least(count, tiles::kRows), count > tiles::kRows ? count - tiles::kRows : 0);
+  for (int64_t row = 0; row < work.rows; row += kRowsAtOnce) {
+    const int64_t count = least(work.rows - row, kRowsAtOnce);
+    if (count != configured) configure(least(count, tiles::kRows), count - least(count, tiles::kRows));
     configured = count;
-    const Rows rows(codes + row * work.stride, work.stride, count, inputs);
-    if (paired) {
-      multiply_pair(rows, panel, steps, sums);
-      multiply_pair(rows, panel + 2 * column, steps, sums + 2 * kBlockOutputs);
-    } else if (BLOCKS == kUnitBlocks) {
-      multiply_wide(rows, panel, steps, sums);
-    } else {
-      multiply_narrow(rows, panel, steps, sums);
+    const Rows rows(work.codes + group * inputs + row * work.stride, work.stride, count, inputs);
+    if (kFetch) fetch_outputs(work, row, count, output, outputs);
+    for (int b = 0; b < COUNT; b += 2) {
+      constexpr int kTogether = COUNT < 2 ? COUNT : 2;
+      int32_t* to = sums + b * kBlockOutputs;
+      count > tiles::kRows ? multiply_tiles<kTogether, true>(rows, panel + b * column, steps, to)
+                           : multiply_tiles<kTogether, false>(rows, panel + b * column, steps, to);
     }
-    finish(work, sums, kUnitOutputs, row, count, 0, work.outputs, group);
-    row += count;
+    finish(work, sums, kUnitOutputs, row, count, output, outputs, group);
   }
 }
 
 template <int BITS>
 static void multiply(const UnitWork& work) {
   if (work.rows < kFewestRows) return avx512::multiply<BITS>(work);
-  const int64_t steps = steps_of(work.group_blocks * (32 / BITS));
-  uint8_t* panel = avx512::panel_of(work.blocks * steps * tiles::kBytes);
+  const int64_t steps = (work.group_blocks * (32 / BITS) + kStepInputs - 1) / kStepInputs;
+  uint8_t* panel = avx512::panel_of(kBlocksAtOnce * steps * tiles::kBytes);
   for (int64_t group = 0; group < work.groups; group++) {
-    work.blocks == kUnitBlocks ? multiply_group<BITS, kUnitBlocks>(work, group, panel)
-                               : multiply_group<BITS, 1>(work, group, panel);
+    if (work.blocks == 1) multiply_group<BITS, 1, 1>(work, group, 0, panel);
+    for (int first = 0; work.blocks == kUnitBlocks && first < kUnitBlocks; first += kBlocksAtOnce) {
+      multiply_group<BITS, kUnitBlocks, kBlocksAtOnce>(work, group, first, panel);
+    }
   }
   tiles::release();
 }
@@ -164,7 +150,7 @@ static int64_t spin(int64_t rounds) {
 
 #undef FF_AMX
 
-static const Path kPath{"amx", 256, avx512::quantize, {multiply<1>, multiply<2>}, spin};
+static const Path kPath{"amx", kTokensAtOnce, avx512::quantize, {multiply<1>, multiply<2>}, spin};
 
 }  // namespace amx
 }  // namespace fiftyfold

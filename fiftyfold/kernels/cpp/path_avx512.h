@@ -14,7 +14,7 @@
 namespace fiftyfold {
 namespace avx512 {
 
-#define FF_AVX512 FF_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")
+#define FF_AVX512 FF_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,prefer-vector-width=512")
 
 FF_DEFINE_FINISH(FF_AVX512)
 
@@ -33,14 +33,15 @@ FF_AVX512 static FF_INLINE __m512i four_codes(const int8_t* x) {
   return _mm512_set1_epi32(codes);
 }
 
-// Unpacks one group's weights of BLOCKS blocks side by side into operands of 64 bytes, four inputs each: those of a block
-// `operand` bytes apart, those of its neighbour `column` bytes further on.
-template <int BITS, int BLOCKS>
+// Unpacks one group's weights of COUNT blocks, of BLOCKS side by side, into operands of 64 bytes, four inputs each: those
+// of a block `operand` bytes apart, those of its neighbour `column` bytes further on.
+template <int BITS, int BLOCKS, int COUNT>
 FF_AVX512 static void unpack(
     const uint8_t* weight, int64_t blocks, int64_t operand, int64_t column, uint8_t* panel) {
   const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
   for (int64_t block = 0; block < blocks; block++) {
-    for (int b = 0; b < BLOCKS; b++) {
+#pragma GCC unroll 4
+    for (int b = 0; b < COUNT; b++) {
       const __m512i packed = _mm512_loadu_si512(weight + (block * BLOCKS + b) * kBlockBytes);
       uint8_t* to = panel + b * column + block * (8 / BITS) * operand;
 #pragma GCC unroll 8
@@ -219,7 +220,7 @@ FF_AVX512 static void multiply_unit_by_panel(const UnitWork& work) {
   int32_t sums[6 * kUnitOutputs];
   uint8_t* panel = panel_of(inputs / 4 * kUnitBlocks * kBlockBytes);
   for (int64_t group = 0; group < work.groups; group++) {
-    unpack<BITS, kUnitBlocks>(work.weight + group * work.group_blocks * kUnitBlocks * kBlockBytes, work.group_blocks,
+    unpack<BITS, kUnitBlocks, kUnitBlocks>(work.weight + group * work.group_blocks * kUnitBlocks * kBlockBytes, work.group_blocks,
                               kUnitBlocks * kBlockBytes, kBlockBytes, panel);
     const int8_t* x = work.codes + group * inputs;
     for (int64_t row = 0; row < work.rows;) {

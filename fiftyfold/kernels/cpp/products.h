@@ -25,52 +25,72 @@ struct UnitWork {
   int64_t y_stride;
 };
 
-template <bool FIRST, bool BIAS>
-static FF_INLINE void finish_token(
-    const int32_t* sums, uint32_t correction, float token_scale, const float* weight_scale, const float* bias, float* y,
-    int64_t outputs) {
-  for (int64_t o = 0; o < outputs; o++) {
-    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - correction);
-    float value = (static_cast<float>(sum) * token_scale) * weight_scale[o];
+// One token's outputs from `N` neighbouring sums.
+template <int N, int PLANES, bool FIRST, bool BIAS>
+static FF_INLINE void finish_some(
+    const int32_t* __restrict sums, int64_t sums_stride, int doublings, uint32_t correction, float token_scale,
+    const float* __restrict weight_scale, const float* __restrict bias, float* __restrict y) {
+  for (int o = 0; o < N; o++) {
+    // Sums of 16-bit codes pass 2**31 on the way and come back; hence the unsigned arithmetic.
+    uint32_t sum = static_cast<uint32_t>(sums[o]);
+    if (PLANES == 2) sum = sum * 256u + static_cast<uint32_t>(sums[o + sums_stride]);
+    const int32_t exact = static_cast<int32_t>((sum << doublings) - correction);
+    float value = (static_cast<float>(exact) * token_scale) * weight_scale[o];
     if (!FIRST) value = y[o] + value;
     y[o] = BIAS ? value + bias[o] : value;
   }
 }
 
-// Turns sums of stored codes times input codes, (rows x sums_stride), into outputs, or adds them for a later group.
-// Sums of 16-bit codes pass 2**31 on the way and come back; hence the unsigned arithmetic.
-static FF_INLINE void finish_sums(
-    const UnitWork& work, int32_t* sums, int64_t sums_stride, int64_t first_row, int64_t rows, int64_t first_output,
-    int64_t outputs, int64_t group) {
+template <int PLANES, bool FIRST, bool BIAS>
+static FF_INLINE void finish_rows(
+    const UnitWork& work, const int32_t* sums, int64_t sums_stride, int64_t first_row, int64_t rows,
+    int64_t first_output, int64_t outputs, int64_t group) {
   const float* scale = work.weight_scale + group * work.weight_scale_stride + first_output;
-  const float* bias = work.bias && group == work.groups - 1 ? work.bias + first_output : nullptr;
-  for (int64_t row = 0; row < rows; row += work.planes) {
-    int32_t* a = sums + row * sums_stride;
-    const int64_t token = (first_row + row) / work.planes;
-    if (work.planes == 2) {
-      for (int64_t o = 0; o < outputs; o++) {
-        a[o] = static_cast<int32_t>(static_cast<uint32_t>(a[o]) * 256u + static_cast<uint32_t>(a[o + sums_stride]));
-      }
-    }
-    if (work.bits == 1) {
-      for (int64_t o = 0; o < outputs; o++) a[o] = static_cast<int32_t>(static_cast<uint32_t>(a[o]) * 2u);
-    }
+  const float* bias = BIAS ? work.bias + first_output : scale;
+  const int doublings = work.bits == 1;
+  for (int64_t row = 0; row < rows; row += PLANES) {
+    const int64_t token = (first_row + row) / PLANES;
     const uint32_t correction = static_cast<uint32_t>(work.token_sums[token * work.groups + group]);
     const float token_scale = work.token_scale[token];
+    const int32_t* from = sums + row * sums_stride;
     float* y = work.y + token * work.y_stride + first_output;
-    if (group == 0 && bias) finish_token<true, true>(a, correction, token_scale, scale, bias, y, outputs);
-    else if (group == 0) finish_token<true, false>(a, correction, token_scale, scale, bias, y, outputs);
-    else if (bias) finish_token<false, true>(a, correction, token_scale, scale, bias, y, outputs);
-    else finish_token<false, false>(a, correction, token_scale, scale, bias, y, outputs);
+    const int64_t whole = outputs / kBlockOutputs * kBlockOutputs;
+    for (int64_t o = 0; o < whole; o += kBlockOutputs) {
+      finish_some<kBlockOutputs, PLANES, FIRST, BIAS>(
+          from + o, sums_stride, doublings, correction, token_scale, scale + o, bias + o, y + o);
+    }
+    for (int64_t o = whole; o < outputs; o++) {
+      finish_some<1, PLANES, FIRST, BIAS>(
+          from + o, sums_stride, doublings, correction, token_scale, scale + o, bias + o, y + o);
+    }
   }
 }
 
+template <int PLANES>
+static FF_INLINE void finish_group(
+    const UnitWork& work, const int32_t* sums, int64_t stride, int64_t first_row, int64_t rows, int64_t first_output,
+    int64_t outputs, int64_t group) {
+  const bool first = group == 0, bias = work.bias && group == work.groups - 1;
+  if (first && bias) finish_rows<PLANES, true, true>(work, sums, stride, first_row, rows, first_output, outputs, group);
+  else if (first) finish_rows<PLANES, true, false>(work, sums, stride, first_row, rows, first_output, outputs, group);
+  else if (bias) finish_rows<PLANES, false, true>(work, sums, stride, first_row, rows, first_output, outputs, group);
+  else finish_rows<PLANES, false, false>(work, sums, stride, first_row, rows, first_output, outputs, group);
+}
+
+// Turns sums of stored codes times input codes, (rows x stride), into outputs, or adds them for a later group.
+static FF_INLINE void finish_sums(
+    const UnitWork& work, const int32_t* sums, int64_t stride, int64_t first_row, int64_t rows, int64_t first_output,
+    int64_t outputs, int64_t group) {
+  if (work.planes == 2) finish_group<2>(work, sums, stride, first_row, rows, first_output, outputs, group);
+  else finish_group<1>(work, sums, stride, first_row, rows, first_output, outputs, group);
+}
+
 // Compiled once for each instruction set; inlined where it is called it would be compiled dozens of times.
-#define FF_DEFINE_FINISH(target)                                                                               \
-  target static __attribute__((noinline)) void finish(const UnitWork& work, int32_t* sums, int64_t sums_stride, \
-                                                      int64_t first_row, int64_t rows, int64_t first_output,   \
-                                                      int64_t outputs, int64_t group) {                        \
-    finish_sums(work, sums, sums_stride, first_row, rows, first_output, outputs, group);                       \
+#define FF_DEFINE_FINISH(target)                                                                                 \
+  target static __attribute__((noinline)) void finish(const UnitWork& work, const int32_t* sums, int64_t stride, \
+                                                      int64_t first_row, int64_t rows, int64_t first_output,     \
+                                                      int64_t outputs, int64_t group) {                          \
+    finish_sums(work, sums, stride, first_row, rows, first_output, outputs, group);                              \
   }
 
 // Likewise.

@@ -72,16 +72,6 @@ def token_codes(values: tl.tensor, scale: tl.tensor, lowest: tl.tensor, highest:
 
 
 @triton.jit
-def code_bits(values: tl.tensor, scale: tl.tensor, lowest: tl.tensor, highest: tl.tensor) -> tl.tensor:
-    """Return integers whose lowest bytes are the codes of :func:`token_codes`; of NaN, any.
-
-    They are the bits of the sum that rounds, which spares making numbers of them.
-    """
-    quotient = tl.minimum(tl.maximum(tl.div_rn(values, scale), lowest), highest)
-    return (quotient + _ROUNDER).to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def _quantize_kernel(
     x: tl.tensor,
     codes: tl.tensor,
@@ -176,9 +166,11 @@ def quantize_tokens(
     scales = x.new_empty(tokens, dtype=torch.float32)
     sums = x.new_empty(tokens, dtype=torch.int32)
     if tokens:
-        grid = grid_arguments(x, bits, full_range, clip, largest)
-        early = starts_early(x.device)
-        _quantize_kernel[(tokens,)](x, codes, scales, sums, grid.pop("largest"), inputs, padded, EARLY=early, **grid)
+        grid = _grid(x, bits, full_range, clip, largest)
+        _quantize_kernel[(tokens,)](
+            x, codes, scales, sums, grid.pop("largest"), inputs, padded, EARLY=starts_early(x.device),
+            num_warps=8 if grid["CHUNK"] == LARGEST_CHUNK else 4, **grid,
+        )  # fmt: skip
     return codes, scales, sums
 
 
@@ -205,16 +197,15 @@ def fake_quantize_tokens(
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        grid = grid_arguments(x, bits, full_range, clip, largest)
+        grid = _grid(x, bits, full_range, clip, largest)
         tokens = x.numel() // x.shape[-1]
         _fake_quantize_kernel[(tokens,)](x, y, grid.pop("largest"), x.shape[-1], **grid)
     return y
 
 
-def grid_arguments(
+def _grid(
     x: torch.Tensor, bits: int, full_range: bool, clip: float | None, largest: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Return what kernels take that quantize ``x``; the arguments are those of :func:`quantize_tokens`."""
     lowest, highest = code_bounds(bits, full_range)
     return {
         "largest": x if largest is None else largest.float(),

@@ -25,10 +25,15 @@ except ImportError:  # an older triton
 
     gdc_launch_dependents = gdc_wait
 
-__all__ = ["gdc_launch_dependents", "gdc_wait", "starts_early"]
+__all__ = ["early_options", "gdc_launch_dependents", "gdc_wait", "starts_early"]
 
 
 @functools.cache
 def starts_early(device: torch.device) -> bool:
     """Return whether kernels on a device may start early."""
     return _AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_options(device: torch.device) -> dict[str, bool]:
+    """Return what a kernel is launched with that starts early where it can: ``EARLY`` tells it so."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}

@@ -1,16 +1,15 @@
 """The packed linear layer on a GPU: int8 products with weights that stay packed until they are in registers.
 
-One token is multiplied by :mod:`fiftyfold.kernels.triton.tokens`; for more, int8 tensor cores do it, with the weights
-as the left operand, because that one may come from registers. Few tokens cannot fill a GPU, so the inputs are split
-among programs that write their int32 sums aside; integers add up to the same in any order, so every split gives the
-same bits.
+A few tokens are multiplied by :mod:`fiftyfold.kernels.triton.tokens`; for more, int8 tensor cores do it, with the
+weights as the left operand, because that one may come from registers. Where the tokens cannot fill a GPU, the inputs
+are split among programs that write their int32 sums aside; integers add up to the same in any order, so every split
+gives the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,10 +17,10 @@ import triton.language as tl
 
 from fiftyfold.kernels.linear import integer_linear
 from fiftyfold.kernels.triton.activations import quantize_tokens
-from fiftyfold.kernels.triton.early_start import gdc_launch_dependents, gdc_wait, starts_early
+from fiftyfold.kernels.triton.early_start import early_options, gdc_launch_dependents, gdc_wait
 from fiftyfold.kernels.triton.planes import BLOCK, from_planes
 from fiftyfold.kernels.triton.sums import rescaled
-from fiftyfold.kernels.triton.tokens import multiply_tokens
+from fiftyfold.kernels.triton.tokens import MOST_TOKENS, multiply_tokens
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -147,15 +146,10 @@ def packed_linear(
     if activation_bits > 8:  # codes that int8 does not hold
         codes = from_planes(planes, bits, x.shape[-1])
         return integer_linear(x, codes, scale, bias, bits=activation_bits, clip=clip, largest=largest)
-    activation_grid: dict[str, Any] = {
-        "bits": activation_bits, "full_range": full_range, "clip": clip, "largest": largest,
-    }  # fmt: skip
+    multiply = multiply_tokens if len(rows) <= MOST_TOKENS else multiply_planes
     with torch.cuda.device_of(x):
-        if len(rows) == 1:
-            y = multiply_tokens(rows, planes, scale, bias, weight_bits=bits, **activation_grid)
-        else:
-            quantized = quantize_tokens(rows, **activation_grid)
-            y = multiply_planes(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
+        quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
+        y = multiply(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
     return y.view(*x.shape[:-1], scale.shape[1])
 
 
@@ -213,11 +207,10 @@ def multiply_planes(
     if not tokens or not outputs:
         return y
     blocks = codes.shape[1] // BLOCK
-    plan = plan or choose_plan(tokens, outputs, blocks, weight_bits, _processors(codes.device))
+    plan = plan or choose_plan(tokens, outputs, blocks, _processors(codes.device))
     partial = codes.new_empty((plan.split, tokens, outputs), dtype=torch.int32) if plan.split > 1 else y
-    early = starts_early(codes.device)
-    shared = {"BITS": weight_bits, "HAS_BIAS": bias is not None, "SPLIT": plan.split, "EARLY": early}
-    shared |= {"enable_fp_fusion": False, **({"launch_pdl": True} if early else {})}
+    shared = {"BITS": weight_bits, "HAS_BIAS": bias is not None, "SPLIT": plan.split, "enable_fp_fusion": False}
+    shared |= early_options(codes.device)
     factors = (scales, sums, weight_scale, y if bias is None else bias)
     sizes = (tokens, outputs)
     _matrix_kernel[(triton.cdiv(outputs, plan.outputs), triton.cdiv(tokens, plan.tokens), plan.split)](
@@ -229,16 +222,13 @@ def multiply_planes(
     return y
 
 
-def choose_plan(tokens: int, outputs: int, blocks: int, weight_bits: int, processors: int) -> Plan:  # noqa: ARG001
+def choose_plan(tokens: int, outputs: int, blocks: int, processors: int) -> Plan:
     """Return how to share out a product: in tiles that fill a GPU, the inputs split where there are too few."""
-    if tokens <= 64:
-        tile_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        tile_outputs = 64 if tokens <= 32 else 128
-        programs = triton.cdiv(outputs, tile_outputs)
-        split = _split(programs, blocks, processors)
-        return Plan(tile_tokens, tile_outputs, 1, split, 4 if tokens <= 32 else 8, 3)
-    programs = triton.cdiv(outputs, 128) * triton.cdiv(tokens, 128)
-    return Plan(128, 128, 1, _split(programs, blocks, processors), 8, 3)
+    tile_tokens, tile_outputs = (16 if tokens <= 16 else 32, 64) if tokens <= 32 else (64, 64)
+    if tokens > 64:
+        tile_tokens, tile_outputs = 128, 64 if tokens <= 512 else 128
+    programs = triton.cdiv(outputs, tile_outputs) * triton.cdiv(tokens, tile_tokens)
+    return Plan(tile_tokens, tile_outputs, 2 if tokens <= 64 else 1, _split(programs, blocks, processors), 4, 3)
 
 
 def _split(programs: int, blocks: int, processors: int) -> int:

@@ -1,8 +1,7 @@
-"""The packed linear layer for a few tokens on a GPU: one kernel from floating-point input to floating-point output.
+"""The product of a few quantized tokens on a GPU, each with ``dp4a``, which multiplies four bytes at a time.
 
-One token's time is that of reading the weights, and of starting kernels. So each program quantizes the token again for
-itself, which takes less time than a kernel of its own; and it asks for its weights first, that they are on their way
-meanwhile. ``dp4a`` multiplies four bytes at a time.
+One token's time is that of reading the weights and of starting kernels. So a program asks for its weights before it
+waits for the kernel that quantizes the token.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fiftyfold.kernels.triton.activations import clamped, code_bits, grid_arguments, token_scale
+from fiftyfold.kernels.triton.early_start import early_options, gdc_wait
 from fiftyfold.kernels.triton.planes import BLOCK, block_bytes
 from fiftyfold.kernels.triton.sums import dot4, rescaled
 
-WORDS = 4096
-"""Words of four bytes of weights that a program asks for at once."""
+MOST_TOKENS = 4
+"""More are quicker on tensor cores."""
 
-FEWEST_OUTPUTS = 4
-"""Of a program."""
+LARGEST_BLOCKS = 16
+"""Of inputs that a program asks for at once."""
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -42,104 +41,72 @@ def _weights(
 
 @triton.jit
 def _tokens_kernel(
-    x: tl.tensor,
+    codes: tl.tensor,
     packed: tl.tensor,
+    scales: tl.tensor,
+    sums: tl.tensor,
     weight_scale: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
-    largest: tl.tensor,
-    columns: tl.tensor,
     outputs: tl.tensor,
     blocks: tl.tensor,
-    divisor: tl.tensor,
-    lowest: tl.tensor,
-    highest: tl.tensor,
-    clip: tl.tensor,
     BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    STATIC: tl.constexpr,
-    CHUNK: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """Quantize and multiply one token by ``OUTPUTS`` rows of weights."""
+    """Multiply one token by ``OUTPUTS`` rows of weights: codes and weights are words of four bytes."""
     MASK: tl.constexpr = 0x01010101 if BITS == 1 else 0x03030303
     WORDS: tl.constexpr = 8 * BITS * BLOCKS
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     token = tl.program_id(1).to(tl.int64)
-    x += token * columns
     weights = _weights(packed, output, outputs, 0, blocks, BITS, BLOCKS)
-    scale = token_scale(x, columns, divisor, clip, largest, HAS_CLIP, STATIC, CHUNK)
-    word = tl.arange(0, WORDS)
-    byte = tl.arange(0, 4)
-    total = tl.zeros((OUTPUTS, WORDS), tl.int32)
-    code_sum = tl.zeros((WORDS,), tl.int32)
-    strange = tl.zeros((WORDS,), tl.int32)
-    ones = tl.full((WORDS,), 0x01010101, tl.int32)
-    for block in range(0, blocks, BLOCKS):
-        following = _weights(packed, output, outputs, block + BLOCKS, blocks, BITS, BLOCKS)
-        for plane in tl.static_range(8 // BITS):
-            first = (block + word // (8 * BITS)) * _BLOCK + plane * (32 * BITS) + word % (8 * BITS) * 4
-            column = first[:, None] + byte[None, :]
-            values = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-            values = clamped(values, clip, HAS_CLIP)
-            if STATIC:
-                strange |= tl.max((values != values).to(tl.int32), 1)
-            codes = tl.sum((code_bits(values, scale, lowest, highest) & 255) << (8 * byte)[None, :], 1)
-            code_sum = dot4(ones, codes, code_sum)
-            stored = (weights >> (BITS * plane)) & MASK
-            total = dot4(stored, tl.broadcast_to(codes[None, :], (OUTPUTS, WORDS)), total)
-        weights = following
-    if STATIC:
-        # A scale that is not a number makes every output of the token so.
-        scale = tl.where(tl.max(strange, 0) > 0, float("nan"), scale)
     inside = output < outputs
     factor = tl.load(weight_scale + output, mask=inside, other=0.0)
     shift = tl.load(bias + output, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    result = rescaled(tl.sum(total, 1), tl.sum(code_sum, 0), scale, factor, shift, BITS, HAS_BIAS)
+    codes += token * blocks * (_BLOCK // 4)
+    word = tl.arange(0, WORDS)
+    total = tl.zeros((OUTPUTS, WORDS), tl.int32)
+    if EARLY:
+        gdc_wait()
+    for block in range(0, blocks, BLOCKS):
+        following = _weights(packed, output, outputs, block + BLOCKS, blocks, BITS, BLOCKS)
+        for plane in tl.static_range(8 // BITS):
+            place = (block + word // (8 * BITS)) * (_BLOCK // 4) + plane * (8 * BITS) + word % (8 * BITS)
+            values = tl.load(codes + place, mask=place < blocks * (_BLOCK // 4), other=0)
+            stored = (weights >> (BITS * plane)) & MASK
+            total = dot4(stored, tl.broadcast_to(values[None, :], (OUTPUTS, WORDS)), total)
+        weights = following
+    found, token_sum, scale = tl.sum(total, 1), tl.load(sums + token), tl.load(scales + token)
+    result = rescaled(found, token_sum, scale, factor, shift, BITS, HAS_BIAS)
     tl.store(y + token * outputs + output, result.to(y.dtype.element_ty), mask=inside)
 
 
 def multiply_tokens(
-    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sums: torch.Tensor,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     weight_bits: int,
-    bits: int = 8,
-    full_range: bool = False,
-    clip: float | None = None,
-    largest: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Quantize tokens and multiply them by packed weights, which are read once for each token.
+    """Multiply quantized tokens by packed weights, which are read once for each token.
 
-    Args:
-        x: (tokens, inputs), any floating-point type.
-        packed: what :func:`~fiftyfold.kernels.triton.planes.to_planes` returned.
-        weight_scale: float32, (1, outputs), contiguous.
-        bias: (outputs,) or none.
-        weight_bits: 1 (binary) or 2 (ternary).
-        bits: of the grid, and the others, see :func:`~fiftyfold.kernels.triton.activations.quantize_tokens`.
-        full_range: see there.
-        clip: see there.
-        largest: see there.
-
-    Returns:
-        (tokens, outputs), of the type of ``x``.
+    The arguments and the result are those of :func:`fiftyfold.kernels.triton.linear.multiply_planes`.
     """
-    x = x.contiguous()
-    tokens, outputs = len(x), len(packed)
-    y = x.new_empty((tokens, outputs))
+    tokens, outputs = len(codes), len(packed)
+    y = codes.new_empty((tokens, outputs), dtype=dtype)
     if y.numel():
         blocks = packed.shape[1] // block_bytes(weight_bits)
-        blocks_at_once = min(triton.next_power_of_2(blocks), WORDS // FEWEST_OUTPUTS // (8 * weight_bits))
-        rows = WORDS // (8 * weight_bits) // blocks_at_once
-        grid = grid_arguments(x, bits, full_range, clip, largest)
+        rows = 16 // weight_bits
         _tokens_kernel[(triton.cdiv(outputs, rows), tokens)](
-            x, packed.view(torch.int32), weight_scale, y if bias is None else bias, y, grid.pop("largest"),
-            x.shape[1], outputs, blocks, BITS=weight_bits, HAS_BIAS=bias is not None, OUTPUTS=rows,
-            BLOCKS=blocks_at_once, num_warps=4, **grid,
+            codes.view(torch.int32), packed.view(torch.int32), scales, sums, weight_scale, y if bias is None else bias,
+            y, outputs, blocks, BITS=weight_bits, HAS_BIAS=bias is not None, OUTPUTS=rows,
+            BLOCKS=min(triton.next_power_of_2(blocks), LARGEST_BLOCKS), num_warps=4 // weight_bits,
+            enable_fp_fusion=False, **early_options(codes.device),
         )  # fmt: skip
     return y
