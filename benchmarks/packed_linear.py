@@ -101,9 +101,8 @@ def candidates(tokens: int, inputs: int, outputs: int) -> dict[str, Call]:
     x, weight, bias = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     calls: dict[str, Call] = {"float32": lambda: F.linear(x, weight, bias)}
     calls["float32, oneDNN"] = lambda: with_onednn(lambda: F.linear(x, weight, bias))
-    for engine in ("x86", "onednn", "qnnpack"):
-        if engine in torch.backends.quantized.supported_engines:
-            calls[f"int8 dynamic, {engine}"] = dynamic_int8(x, weight, bias, engine)
+    for engine in int8_engines():
+        calls[f"int8 dynamic, {engine}"] = dynamic_int8(x, weight, bias, engine)
     integers = torch.randint(-127, 128, (tokens, inputs)).to(torch.int8)
     for bits, name in ((1, "binary"), (2, "ternary")):
         codes = random_codes(outputs, inputs, bits)
@@ -113,6 +112,12 @@ def candidates(tokens: int, inputs: int, outputs: int) -> dict[str, Call]:
     calls["ternary, torch alone"] = torch_alone(x, codes, scale, bias, bits)
     calls["int8 product (bare)"] = lambda: torch._int_mm(integers, codes.t())
     return calls
+
+
+def int8_engines() -> list[str]:
+    """Return torch's engines for 8-bit layers that are made for this processor."""
+    supported = torch.backends.quantized.supported_engines
+    return [engine for engine in ("x86", "onednn") if engine in supported] or ["qnnpack"]
 
 
 def packed_call(
