@@ -42,12 +42,16 @@ class BertUser(_Stranger):
                 module.p = 0.0
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.model(**tiny_batch(self.seed_of(batch_idx), vocab=50)).loss
+        return self._loss(self.seed_of(batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", self.model(**tiny_batch(batch_idx, vocab=50)).loss)
+        self.log("loss", self._loss(batch_idx))
 
     test_step = validation_step
+
+    def _loss(self, seed: int) -> torch.Tensor:
+        batch = tiny_batch(seed, vocab=50)
+        return self.model(**{name: value.to(self.device) for name, value in batch.items()}).loss
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -95,7 +99,7 @@ class OddUser(_Stranger):
         self.blocks = self.net.layers
 
     def _loss(self, seed: int) -> torch.Tensor:
-        tokens = tiny_batch(seed, vocab=20)["input_ids"]
+        tokens = tiny_batch(seed, vocab=20)["input_ids"].to(self.device)
         logits, words = self.net(tokens)
         label_loss = nn.functional.cross_entropy(logits, tokens[:, 0] % 2)
         return label_loss + nn.functional.cross_entropy(words.flatten(0, 1), tokens.flatten())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fiftyfold.kernels.division import divided
+
 # The smallest normal float32: a row of zeros then gives codes of 0, and no division by zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -29,7 +31,7 @@ def symmetric_scale(largest: torch.Tensor, bits: int, full_range: bool) -> torch
         full_range: divide by ``2**(bits - 1)``, as XTC's code does, and not by one less.
     """
     lowest, _ = code_bounds(bits, full_range)
-    return (largest / -lowest).clamp_(min=SMALLEST_SCALE)
+    return divided(largest, -lowest).clamp_(min=SMALLEST_SCALE)
 
 
 def symmetric_codes(x: torch.Tensor, scale: torch.Tensor, bits: int, full_range: bool) -> torch.Tensor:

@@ -97,10 +97,7 @@ def test_how_a_product_is_shared_out_changes_no_bit(bits, tokens, split, blocks)
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("tokens", [5, 16, 20, 60, 100, 600])
 def test_every_plan_that_is_chosen(bits, tokens):
-    """Compared with plain torch on the same device, for the interpreter takes long over many tokens."""
-    x, codes = torch.randn(tokens, 600, device=DEVICE), codes_of(bits, 70, 600)
-    scale = torch.rand(1, 70, device=DEVICE)
-    assert torch.equal(BACKEND.linear(x, arrange(codes, bits, 1), scale, None, bits), integer_linear(x, codes, scale))
+    assert_equal_to_the_reference(torch.randn(tokens, 600, device=DEVICE), codes_of(bits, 70, 600), bits)
 
 
 def test_the_split_fills_a_gpu_and_no_more():

@@ -14,7 +14,6 @@ namespace amx {
 // Rows below which AVX512 is quicker.
 constexpr int64_t kFewestRows = 12;
 constexpr int64_t kTokensAtOnce = 256;
-constexpr bool kFetch = false;
 constexpr int kBlocksAtOnce = 2;  // whose panel fits into the first cache
 constexpr int64_t kStepInputs = 64;
 constexpr int64_t kRowsAtOnce = 2 * tiles::kRows;
@@ -86,7 +85,7 @@ static inline void configure(int64_t above, int64_t below) {
   tiles::configure(shapes);
 }
 
-// Asks for the outputs' memory while tiles are multiplied: a processor that waits for it then waits in vain.
+// Asks for the memory of the outputs, which fills from far away, while tiles are multiplied.
 static inline void fetch_outputs(const UnitWork& work, int64_t row, int64_t rows, int64_t output, int64_t outputs) {
   constexpr int64_t kLineFloats = 16;
   for (int64_t token = row / work.planes; token < (row + rows) / work.planes; token++) {
@@ -111,7 +110,7 @@ FF_AMX static void multiply_group(const UnitWork& work, int64_t group, int first
     if (count != configured) configure(least(count, tiles::kRows), count - least(count, tiles::kRows));
     configured = count;
     const Rows rows(work.codes + group * inputs + row * work.stride, work.stride, count, inputs);
-    if (kFetch) fetch_outputs(work, row, count, output, outputs);
+    fetch_outputs(work, row, count, output, outputs);
     for (int b = 0; b < COUNT; b += 2) {
       constexpr int kTogether = COUNT < 2 ? COUNT : 2;
       int32_t* to = sums + b * kBlockOutputs;

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fiftyfold.kernels.division import divided
 from fiftyfold.kernels.packing import largest_code
 from fiftyfold.kernels.triton.activations import clamped, token_codes
 
@@ -139,12 +140,12 @@ def fake_quantize_weight(
             largest = weight.new_empty(rows, dtype=torch.float32)
             _largest_kernel[(rows,)](weight, largest, columns, **options)
             largest = largest.amax(0, keepdim=True) if per_tensor else largest
-            scale = (largest / largest_code(bits)).clamp_(min=2.0 ** (bits - 25))
+            scale = divided(largest, largest_code(bits)).clamp_(min=2.0 ** (bits - 25))
         else:
             sums = weight.new_empty(rows, dtype=torch.float64)
             _sum_kernel[(rows,)](weight, sums, y, y, columns, BEYOND=False, PER_GROUP=0, **options)
             total = sums.sum(0, keepdim=True) if per_tensor else sums
-            scale = total / entries
+            scale = divided(total, entries)
             if bits == 2:
                 thresholds = (total * (TERNARY_THRESHOLD / entries)).float()
                 counts = weight.new_empty(rows, dtype=torch.int32)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels.division import divided
 from fiftyfold.modules.quantization.targets import Targets, matching, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, register_operation, values_follow
 from fiftyfold.modules.surgery import replace_module
@@ -63,7 +64,7 @@ class BitsandbytesLinear(nn.Module):
         if self.bits == 8:
             codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
             self.weight.copy_(codes.reshape(-1))
-            self.scale.copy_(scales.reshape(-1).float() / 127)
+            self.scale.copy_(divided(scales.reshape(-1).float(), 127))
         else:
             codes, state = functional.quantize_4bit(
                 weight.float().contiguous(), blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"

@@ -27,6 +27,7 @@ from torch.autograd import Function
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels import training
 from fiftyfold.kernels.activations import SMALLEST_SCALE, symmetric_codes, symmetric_scale, token_magnitudes
+from fiftyfold.kernels.division import divided
 from fiftyfold.kernels.packing import largest_code
 from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSettings
 
@@ -230,7 +231,7 @@ def _quantize(weight: torch.Tensor, settings: WeightSettings) -> tuple[torch.Ten
 def _binary(values: torch.Tensor, _: int, shared: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to ``mean(|w|) * sign(w)``, the binary weights of XTC."""
     magnitudes = values.abs()
-    scale = _sum(magnitudes, shared) / _entries(values, shared)
+    scale = divided(_sum(magnitudes, shared), _entries(values, shared))
     # Adding zero turns -0.0 into +0.0, so that every zero is +1.
     return torch.copysign(values.new_ones(()), torch.add(values, 0.0, out=magnitudes)), _stored(scale)
 
@@ -248,7 +249,7 @@ def _ternary(values: torch.Tensor, _: int, shared: tuple[int, ...]) -> tuple[tor
 def _uniform(values: torch.Tensor, bits: int, shared: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to the nearest point of a symmetric grid that ends at the largest magnitude."""
     largest = largest_code(bits)
-    scale = values.abs().amax(shared, keepdim=True) / largest
+    scale = divided(values.abs().amax(shared, keepdim=True), largest)
     stored = _stored(scale.clamp_(min=smallest_step(bits)))
     return torch.div(values, stored.float()).round_().clamp_(-largest, largest), stored
 
@@ -306,7 +307,7 @@ def _on_asymmetric_grid(
     steps = levels + settings.full_range
     finest = torch.maximum(low.abs(), high.abs()) * _FINEST_RELATIVE_STEP
     # Two quotients, because the difference of the bounds may exceed float32.
-    scale = torch.maximum(high / steps - low / steps, finest).clamp_(min=SMALLEST_SCALE)
+    scale = torch.maximum(divided(high, steps) - divided(low, steps), finest).clamp_(min=SMALLEST_SCALE)
     zero_point = torch.round(low / scale)
     codes = torch.div(x, scale).round_().sub_(zero_point).clamp_(0, levels)
     return codes.add_(zero_point).mul_(scale)

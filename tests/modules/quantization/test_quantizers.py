@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.overrides import TorchFunctionMode
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.packing import largest_code
+from fiftyfold.kernels.path import use_path
 from fiftyfold.modules.quantization.quantizers import (
     dequantize_weight,
     fake_quantize_activation,
@@ -298,3 +300,30 @@ def test_groups_that_do_not_fit_are_refused():
         quantize_weight(random_weight(0), WeightSettings(1, "per_group", 3))
     with pytest.raises(FiftyfoldError, match="must be a matrix"):
         quantize_weight(torch.zeros(3), WeightSettings(1))
+
+
+class _CudaDivision(TorchFunctionMode):
+    """Divides by Python's numbers as torch does on CUDA: the product with the rounded reciprocal."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("__truediv__", "div", "divide", "true_divide", "div_") and not isinstance(args[1], torch.Tensor):
+            return args[0] * float(1 / torch.tensor(args[1], dtype=args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpus_division_by_a_number_changes_no_bit():
+    x = torch.randn(400, 24)
+    with _CudaDivision():
+        assert not torch.equal(x / 127, x / torch.full_like(x, 127)), "the imitation shows what it is for"
+    with use_path("reference"):
+        for how in ACTIVATIONS:
+            expected = fake_quantize_activation(x, how)
+            with _CudaDivision():
+                assert torch.equal(fake_quantize_activation(x, how), expected), how
+        for how in WEIGHTS:
+            codes, scale = quantize_weight(x, how)
+            with _CudaDivision():
+                found = quantize_weight(x, how)
+            assert torch.equal(found[0], codes), how
+            assert torch.equal(found[1], scale), how

@@ -1,0 +1,14 @@
+"""Division by one number, with the same bits on every device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Return ``values / divisor``, rounded correctly.
+
+    On CUDA torch multiplies by the reciprocal of a Python number, which is off by one in the last place for some values;
+    it divides by a tensor.
+    """
+    return values / values.new_full((), divisor)
