@@ -24,7 +24,7 @@ def leave_integers_whole(trainer: Trainer) -> None:
     """Let averages take over integers as they are; doing it again changes nothing.
 
     An exponential average of equal integers, computed in floating point and cut off, may come out one below them; where
-    they are places in a matrix, that is another matrix.
+    they are codes of weights, those are other weights.
     """
     for average in _averages(trainer):
         if not isinstance(average, AveragedModel):

@@ -13,7 +13,8 @@ from fiftyfold.modules.packed.skeleton import expected_tensors
 from fiftyfold.modules.quantization.bitsandbytes_layers import BitsandbytesLinear
 from fiftyfold.modules.quantization.layers import QuantizedLayer
 from fiftyfold.modules.quantization.settings import WeightSettings
-from fiftyfold.modules.tensor_network.layers import PIVOTS, TensorNetworkLayer
+from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
+from fiftyfold.modules.tensor_network.pivots import PIVOTS
 
 SCALE_BYTES = 2
 

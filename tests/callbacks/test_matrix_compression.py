@@ -132,19 +132,6 @@ def test_an_average_of_the_weights_gets_the_values_too(bits):
     assert_same_tensors(averaged.state_dict(), module.state_dict(), "an average that forgets all but the last")
 
 
-def test_an_average_has_the_same_places_of_the_gauges_rows(tmp_path):
-    # At this decay a float average of an integer with itself is cut off below it.
-    few_bits = MatrixCompression(0.45, batches=2, factor_bits=8, start=2)
-    trainer = make_trainer([EMAWeightAveraging(decay=0.9), few_bits], tmp_path)
-    trainer.fit(BertUser())
-    (path,) = tmp_path.glob("step=6.ckpt")
-    saved = torch.load(path, weights_only=True)
-    places = [name for name in saved["state_dict"] if name.endswith(".pivots")]
-    assert len(places) == 24
-    for name in places:
-        assert torch.equal(saved["state_dict"][name], saved["current_model_state"][name]), name
-
-
 def test_what_cannot_follow_few_bits_is_refused_before_the_training():
     first, second = (
         MatrixCompression(0.6, batches=2, factor_bits=8, targets=t, start=s) for t, s in (("up", 0), ("down", 5))

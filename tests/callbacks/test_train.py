@@ -114,6 +114,14 @@ def test_averaged_copy_uses_the_ranges_that_the_model_observed(first):
         torch.testing.assert_close(copied[name], value, msg=name)
 
 
+def test_averaged_copy_has_the_same_integers():
+    """At this decay, the average of an integer with itself is cut off below it."""
+    module, average = BertUser(), EMAWeightAveraging(decay=0.9)
+    module.register_buffer("numbers", torch.arange(200))
+    make_trainer([average, QuantizationAwareTraining(start=2)]).fit(module)
+    assert torch.equal(average._average_model.module.numbers, torch.arange(200))
+
+
 def test_pruning_drops_what_does_nothing():
     module = BertUser()
     for name, parameter in module.model.bert.encoder.layer[1].named_parameters():

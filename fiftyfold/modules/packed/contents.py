@@ -28,15 +28,14 @@ from fiftyfold.modules.quantization.settings import LayerSettings
 from fiftyfold.modules.structure import structure_log
 from fiftyfold.modules.surgery import replace_module
 from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
     TensorNetworkConv1D,
     TensorNetworkEmbedding,
     TensorNetworkLayer,
     change_gauge,
     narrow_pivots,
     normalize_gauge,
-    stored_pivots,
 )
+from fiftyfold.modules.tensor_network.pivots import PIVOTS, stored_rows
 
 LayerToPack = QuantizedLayer | PackedLayer | TensorNetworkLayer
 
@@ -218,7 +217,7 @@ def _pack_network(name: str, layer: QuantizedNetworkLayer, entry: PackedEntry) -
     packed.weight.data, packed.weight_scale = torch.cat(codes), torch.cat(scales)
     _copy_ranges(layer, packed)
     if PIVOTS in layer._buffers:
-        packed._buffers[PIVOTS] = layer.get_buffer(PIVOTS).to(stored_pivots(layer.form), copy=True)
+        packed._buffers[PIVOTS] = stored_rows(layer.get_buffer(PIVOTS), layer.form)
     if not torch.equal(packed.dense_weight(layer.weight.dtype), layer.dense_weight()):
         raise FiftyfoldError(f"{name!r} does not unpack to the weight that was trained; please report this as a bug.")
     return packed

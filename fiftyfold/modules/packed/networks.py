@@ -19,13 +19,12 @@ from fiftyfold.modules.quantization.settings import LayerSettings
 from fiftyfold.modules.tensor_network.contraction import break_even
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
     TensorNetworkConv1D,
     TensorNetworkEmbedding,
     TensorNetworkLayer,
     TensorNetworkLinear,
-    stored_pivots,
 )
+from fiftyfold.modules.tensor_network.pivots import PIVOTS, stored_type
 
 
 class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
@@ -57,7 +56,7 @@ class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
         self.register_ranges(device)
         self.register_buffer("output_type", torch.empty(0, dtype=dtype, device=device), persistent=False)
         if form.gauge == "fixed":
-            self.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=stored_pivots(form), device=device))
+            self.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=stored_type(form), device=device))
 
     def matrices(self) -> list[torch.Tensor]:
         """Return the matrices of numbers that the bits stand for."""

@@ -19,7 +19,6 @@ from fiftyfold.modules.quantization.bitsandbytes_layers import replay_bitsandbyt
 from fiftyfold.modules.structure import STATE_KEY, loading_values
 from fiftyfold.modules.surgery import leave_fused_paths, replace_module
 from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
     TensorNetworkConv1D,
     TensorNetworkEmbedding,
     TensorNetworkLayer,
@@ -28,6 +27,7 @@ from fiftyfold.modules.tensor_network.layers import (
     matrix_shape,
     narrow_pivots,
 )
+from fiftyfold.modules.tensor_network.pivots import PIVOTS
 
 SHARED_BUFFERS = ("weight_scale", PIVOTS)
 """Names of the buffers that go with a packed weight when layers are tied to it."""

@@ -17,12 +17,12 @@ from fiftyfold.modules.packed.networks import (
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS, activate
 from fiftyfold.modules.surgery import replace_module
 from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
     TensorNetworkLayer,
     change_gauge,
     install_network,
     widen_pivots,
 )
+from fiftyfold.modules.tensor_network.pivots import PIVOTS
 
 
 def make_trainable(model: nn.Module) -> None:
@@ -72,13 +72,11 @@ def _trainable_network(packed: PackedNetworkLayer, weights: dict[int, nn.Paramet
             layer = nn.Linear(packed.columns, packed.rows, bias=False)
     if isinstance(packed, PackedNetworkLinear):
         layer.register_parameter("bias", packed.bias)
-    install_network(layer, packed.form, weight)
+    install_network(layer, packed.form, weight, packed._buffers.get(PIVOTS))
     activate(layer, packed.settings)
-    for name in (*RANGE_BUFFERS, PIVOTS):
+    for name in RANGE_BUFFERS:
         if name in layer._buffers:
             layer._buffers[name] = packed.get_buffer(name)
-    assert isinstance(layer, TensorNetworkLayer)
-    widen_pivots(layer)
     return layer.train(packed.training)
 
 

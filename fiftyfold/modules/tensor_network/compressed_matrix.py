@@ -19,7 +19,6 @@ from fiftyfold.modules.tensor_network.decomposition import balanced
 from fiftyfold.modules.tensor_network.families import Family, best_form, largest_rank, low_rank_curve, whole_matrix
 from fiftyfold.modules.tensor_network.form import NetworkForm
 from fiftyfold.modules.tensor_network.layers import (
-    PIVOTS,
     TensorNetworkLayer,
     fixed_numbers,
     flat_numbers,
@@ -144,9 +143,7 @@ def _install_best(layer: nn.Module, target: torch.Tensor, metric: Metric, size: 
         numbers = _rounded(numbers, form, plan.factor_bits)
     if isinstance(layer, TensorNetworkLayer):
         to_dense(layer)
-    install_network(layer, form, nn.Parameter(numbers.to(weight.dtype), requires_grad=weight.requires_grad))
-    if pivots is not None:
-        layer.get_buffer(PIVOTS).copy_(pivots)
+    install_network(layer, form, nn.Parameter(numbers.to(weight.dtype), requires_grad=weight.requires_grad), pivots)
     return CompressedMatrix(form, form.with_gauge("fixed").stored_bytes(plan.factor_bits), 0.0)
 
 

@@ -126,9 +126,15 @@ class NetworkForm:
 
     @property
     def pivot_bytes(self) -> int:
-        """Bytes that each of them takes: 2, or 4 where a core has many rows."""
+        """Bytes that each of them takes in a file: 2, or 4 where a core has many rows."""
         longest = max(left * row * column for term in self.terms for left, row, column, _ in term.core_shapes)
         return 2 if longest <= 2**15 else 4
+
+    @property
+    def pivot_bits(self) -> int:
+        """Binary digits that tell apart the rows of any core that has an identity block."""
+        unfolded = [left * row * column for term in self.terms for left, row, column, _ in term.core_shapes[:-1]]
+        return (max(unfolded, default=1) - 1).bit_length()
 
     def stored_bytes(self, bits: int = 16) -> int:
         """Return what a file holds for the matrix: numbers, pivots, and 16-bit scales by row for fewer bits than 16."""

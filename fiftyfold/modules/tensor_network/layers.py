@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import is_tensor_like
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -31,9 +32,7 @@ from fiftyfold.modules.tensor_network.gauge import (
     split_fixed,
     split_free,
 )
-
-PIVOTS = "pivots"
-"""Name of the buffer of a network whose gauge is fixed: the rows of all identity blocks, one block after another."""
+from fiftyfold.modules.tensor_network.pivots import PIVOTS, held_alike, row_numbers, row_signs, stored_rows
 
 
 class TensorNetworkLayer(nn.Module):
@@ -104,7 +103,8 @@ class TensorNetworkLayer(nn.Module):
         if self.form.gauge == "free":
             return []
         if self._places is None:
-            pivots = self.get_buffer(PIVOTS).split([bond for term in self.form.terms for bond in term.bonds])
+            bonds = [bond for term in self.form.terms for bond in term.bonds]
+            pivots = row_numbers(self.get_buffer(PIVOTS)).split(bonds)
             shapes = [shape for term in self.form.terms for shape in term.core_shapes[:-1]]
             self._places = [
                 row_places(rows, left * outputs * inputs)
@@ -117,9 +117,14 @@ class TensorNetworkLayer(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        held = self._buffers.get(PIVOTS)
+        given: Any = state_dict.get(prefix + PIVOTS)
+        if held is not None and is_tensor_like(given):
+            # Lightning's FSDP hands in tensors that are read from the file by the first function of torch on them.
+            state_dict[prefix + PIVOTS] = held_alike(torch.detach(given), held, self.form)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_merged": None, "_places": None}
@@ -272,7 +277,9 @@ def fixed_numbers(networks: Sequence[Cores]) -> tuple[torch.Tensor, torch.Tensor
     return torch.cat(numbers), torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
 
 
-def install_network(module: nn.Module, form: NetworkForm, weight: nn.Parameter | None = None) -> None:
+def install_network(
+    module: nn.Module, form: NetworkForm, weight: nn.Parameter | None = None, pivots: torch.Tensor | None = None
+) -> None:
     """Give ``module`` a tensor network in the place of its weight; its bias and its hooks stay.
 
     Args:
@@ -280,6 +287,7 @@ def install_network(module: nn.Module, form: NetworkForm, weight: nn.Parameter |
         form: of the network.
         weight: the numbers, perhaps those of a layer that it is tied to; by default numbers that are to be loaded,
             of the type and on the device of the old ones, and not a number until then.
+        pivots: rows of all identity blocks, if the gauge is fixed; by default they are to be loaded.
 
     Raises:
         FiftyfoldError: if the layer cannot hold such a network.
@@ -299,27 +307,23 @@ def install_network(module: nn.Module, form: NetworkForm, weight: nn.Parameter |
     module.register_parameter("weight", weight)
     module._buffers.pop(PIVOTS, None)
     if form.gauge == "fixed":
-        # Processes that train together send each other their buffers, and cannot send 16-bit integers.
-        module.register_buffer(PIVOTS, torch.zeros(form.pivots, dtype=torch.int32, device=weight.device))
+        rows = torch.zeros(form.pivots, dtype=torch.long) if pivots is None else pivots
+        module.register_buffer(PIVOTS, row_signs(rows.to(weight.device), form, weight.dtype))
     module.form = form
     module._break_even = break_even(form)
 
 
 def narrow_pivots(module: TensorNetworkLayer) -> None:
-    """Hold the places of the identity's rows as a file does, in place."""
+    """Hold the numbers of the identity's rows as a file does, in place."""
     if PIVOTS in module._buffers:
-        module._buffers[PIVOTS] = module.get_buffer(PIVOTS).to(stored_pivots(module.form))
+        module._buffers[PIVOTS] = stored_rows(module.get_buffer(PIVOTS), module.form)
 
 
 def widen_pivots(module: TensorNetworkLayer) -> None:
-    """Hold the places of the identity's rows as training does, in place."""
+    """Hold the numbers of the identity's rows as training does, in place."""
     if PIVOTS in module._buffers:
-        module._buffers[PIVOTS] = module.get_buffer(PIVOTS).int()
-
-
-def stored_pivots(form: NetworkForm) -> torch.dtype:
-    """Return the type in which a file holds the places of the identity's rows."""
-    return torch.int16 if form.pivot_bytes == 2 else torch.int32
+        rows = row_numbers(module.get_buffer(PIVOTS))
+        module._buffers[PIVOTS] = row_signs(rows, module.form, module.weight.dtype)
 
 
 @torch.no_grad()
@@ -330,9 +334,7 @@ def change_gauge(module: TensorNetworkLayer, gauge: Gauge) -> None:
     networks, old = module.networks(), module.weight
     form = module.form.with_gauge(gauge)
     numbers, pivots = fixed_numbers(networks) if gauge == "fixed" else (flat_numbers(networks), None)
-    install_network(module, form, nn.Parameter(numbers.to(old.dtype), requires_grad=old.requires_grad))
-    if pivots is not None:
-        module.get_buffer(PIVOTS).copy_(pivots)
+    install_network(module, form, nn.Parameter(numbers.to(old.dtype), requires_grad=old.requires_grad), pivots)
 
 
 @torch.no_grad()
