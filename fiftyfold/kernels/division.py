@@ -8,7 +8,7 @@ import torch
 def divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
     """Return ``values / divisor``, rounded correctly.
 
-    On CUDA torch multiplies by the reciprocal of a Python number, which is off by one in the last place for some values;
-    it divides by a tensor.
+    On CUDA torch multiplies by the reciprocal of a Python number, which misses some quotients by their last bit; by a
+    tensor it divides.
     """
     return values / values.new_full((), divisor)
