@@ -104,8 +104,12 @@ class FiftyfoldQuantizer(HfQuantizer):
             _declare_ties(model, self.manifest, headers)
             _check_headers(model, self.manifest, headers, files[0])
             check_digest(files)
+        # Versions of transformers before 5.21 leave a tensor of a quantized file in the file's type where the model has
+        # it under another name, as a part has; of any other file, each tensor takes the type of what it fills.
+        self.pre_quantized = complete
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self.pre_quantized = True
         share_tied_tensors(model, self.manifest)
         for tensor in [*model.parameters(), *model.buffers()]:
             # The file is mapped into memory, where a tensor may begin at any address; sums over numbers that are not

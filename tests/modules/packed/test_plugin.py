@@ -156,6 +156,15 @@ def test_the_backbone_alone_loads_with_its_bits(folder, model):
         assert torch.equal(backbone(**inputs()).pooler_output, model.bert(**inputs()).pooler_output)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_backbone_alone_loads_in_half_precision(folder, monkeypatch, dtype):
+    monkeypatch.setattr(BertModel, "_keep_in_fp32_modules_strict", ["LayerNorm"])
+    backbone = AutoModel.from_pretrained(folder, dtype=dtype)
+    found = {name: tensor.dtype for name, tensor in backbone.named_parameters() if tensor.is_floating_point()}
+    assert found == {name: torch.float32 if "LayerNorm" in name else dtype for name in found}
+    assert backbone.pooler.dense.weight_scale.dtype == torch.float16
+
+
 def test_the_backbone_alone_can_be_saved(folder, tmp_path):
     backbone = AutoModel.from_pretrained(folder)
     backbone.save_pretrained(tmp_path / "backbone")
