@@ -15,7 +15,7 @@ from fiftyfold.kernels.operators import arrange_weight, packed_linear
 from tests.kernels.examples import build, cases, random_codes, reference
 from tests.kernels.paths import library, path, same_bits, threads
 
-PATHS = ("avx512", "avxvnni", "avx2", "neondot", "neon", "portable")
+PATHS = ("amx", "avx512", "avxvnni", "avx2", "neondot", "neon", "portable")
 
 
 def check(x, codes, scale, bias, bits, **how):
