@@ -133,8 +133,8 @@ class Study:
         matrices = find_matrices(student)
         if cell.method == OURS:
             how: dict[str, Any] = {"factor_bits": 8, "whole_bits": WHOLE_BITS} if cell.bits == 8 else {}
-            # As docs/tensor_networks.md advises.
-            how["allocation"] = "model" if cell.bits == 8 or cell.model == "minilm" else "outputs"
+            if cell.model == "stories" and cell.bits == 16:
+                how["allocation"] = "outputs"  # as docs/tensor_networks.md advises for a model so small
             compress_matrices(student, self.model.calibration(cell.seed), cell.share, **how)
         else:
             grams = self.grams(cell.seed) if cell.method.startswith("whitened") else {}

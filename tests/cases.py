@@ -92,7 +92,7 @@ CASES = (
     ),
     Case(
         "whole matrices and networks in few bits, chosen by the data",
-        lambda: [MatrixCompression(0.45, batches=2, factor_bits=8, whole_bits=(4,), start=3)],
+        lambda: [MatrixCompression(0.45, batches=2, factor_bits=8, whole_bits=(4,), allocation="outputs", start=3)],
         (("compress_matrices", 3), ("quantize", 3), ("quantize", 3)),
     ),
     Case(

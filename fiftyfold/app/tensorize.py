@@ -283,8 +283,7 @@ def _decompose(
     if recipe.method == "activations":
         arguments: dict[str, Any] = {}
         if recipe.core_bits is not None:
-            # Errors are small then, and what one matrix does alone tells what it does among the others.
-            arguments = {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS, "allocation": "model"}
+            arguments = {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
         compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude, **arguments)
     else:
         tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)

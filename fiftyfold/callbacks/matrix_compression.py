@@ -72,7 +72,7 @@ class MatrixCompression(OperationCallback):
         batches: int = 16,
         factor_bits: int = 16,
         whole_bits: Sequence[int] = (),
-        allocation: Allocation = "outputs",
+        allocation: Allocation = "model",
         families: Sequence[Family] = FAMILIES_BY_DEFAULT,
         targets: Targets = "default",
         exclude: Targets = (),

@@ -22,9 +22,9 @@ from fiftyfold.modules.tensor_network.objective import least_squares
 from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
 
 Allocation = Literal["model", "outputs", "uniform"]
-"""``outputs``: bytes go where they lower the squared relative errors of the layers' outputs, known from one pass.
-``model``: where they lower the whole model's deviation, measured one matrix at a time; better where errors stay small,
-as in few bits or in classifiers, and worse where all matrices together move a model much further than one does.
+"""``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time.
+``outputs``: where they lower the squared relative errors of the layers' outputs, known from one pass; quicker, and
+better for a very small model, which all matrices together move much further than one does.
 ``uniform``: the same share for all.
 
 The first two give no network less than two thirds or more than one and a half of the common share: training heals an

@@ -51,7 +51,7 @@ def compress_matrices(
     keep: float = 0.3,
     *,
     families: Sequence[Family] = FAMILIES_BY_DEFAULT,
-    allocation: Allocation = "outputs",
+    allocation: Allocation = "model",
     factor_bits: int = 16,
     whole_bits: Sequence[int] = (),
     compressed_prefix: bool = True,

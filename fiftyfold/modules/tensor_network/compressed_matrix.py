@@ -64,7 +64,7 @@ class Plan:
     factor_bits: int = 16
     whole_bits: Sequence[int] = ()
     families: Sequence[Family] = FAMILIES_BY_DEFAULT
-    allocation: Allocation = "outputs"
+    allocation: Allocation = "model"
     compressed_prefix: bool = True
     sweeps: int = SWEEPS
     targets: Targets = "default"

@@ -42,7 +42,7 @@ def logits(model):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"allocation": "model"}, {"allocation": "uniform"}, {"compressed_prefix": False}, {"factor_bits": 8}],
+    [{}, {"allocation": "outputs"}, {"allocation": "uniform"}, {"compressed_prefix": False}, {"factor_bits": 8}],
     ids=str,
 )
 def test_it_beats_the_plain_svd_within_the_budget(llama, arguments):
@@ -64,8 +64,8 @@ def test_a_regression_spends_its_budget():
 def test_outputs_that_no_matrix_moves_are_refused(llama):
     nn.init.zeros_(llama.lm_head.weight)
     with pytest.raises(FiftyfoldError, match="allocation='outputs'"):
-        compress_matrices(llama, TEXT, 0.5, families=("svd",), allocation="model")
-    compress_matrices(llama, TEXT, 0.5, families=("svd",))
+        compress_matrices(llama, TEXT, 0.5, families=("svd",))
+    compress_matrices(llama, TEXT, 0.5, families=("svd",), allocation="outputs")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
