@@ -44,8 +44,8 @@ struct Rows {
   }
 };
 
-// Up to 16 rows, or with PAIRED 32, times 16 outputs or COUNT = 2 times as many: sums (rows x 64) in tiles 0 to 3, codes
-// in 4 and 5, weights in 6 and 7.
+// Up to 16 rows, or 32 if PAIRED, times 16 outputs, or 32 if COUNT is 2: sums (rows x 64) in tiles 0 to 3, codes in 4
+// and 5, weights in 6 and 7.
 template <int COUNT, bool PAIRED>
 static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
   const int64_t stride = kUnitOutputs * 4;
@@ -72,15 +72,15 @@ static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_
   if (PAIRED && COUNT == 2) tiles::store<3>(below + kBlockOutputs, stride);
 }
 
-// Tiles for `above` rows and for `below` rows beneath them.
-static inline void configure(int64_t above, int64_t below) {
+// Tiles for some rows of codes, 32 at most: 16 above, and what is left beneath them. A tile without rows is an error,
+// so those that are not needed get some too.
+static inline void configure(int64_t rows_of_codes) {
+  const int64_t above = least(rows_of_codes, tiles::kRows), below = rows_of_codes > above ? rows_of_codes - above : above;
   tiles::Shapes shapes;
+  const int64_t rows[tiles::kCount] = {above, above, below, below, above, below, tiles::kRows, tiles::kRows};
   for (int tile = 0; tile < tiles::kCount; tile++) {
-    const bool lower = below && (tile == 2 || tile == 3 || tile == 5);
     shapes.row_bytes[tile] = tiles::kRowBytes;
-    shapes.rows[tile] = static_cast<uint8_t>(tile == 6 || tile == 7 || (!below && tile == 5) ? tiles::kRows
-                                             : lower                                         ? below
-                                                                                             : above);
+    shapes.rows[tile] = static_cast<uint8_t>(rows[tile]);
   }
   tiles::configure(shapes);
 }
@@ -107,16 +107,12 @@ FF_AMX static void multiply_group(const UnitWork& work, int64_t group, int first
   int64_t configured = 0;
   for (int64_t row = 0; row < work.rows; row += kRowsAtOnce) {
     const int64_t count = least(work.rows - row, kRowsAtOnce);
-    if (count != configured) configure(least(count, tiles::kRows), count - least(count, tiles::kRows));
+    if (count != configured) configure(count);
     configured = count;
     const Rows rows(work.codes + group * inputs + row * work.stride, work.stride, count, inputs);
     fetch_outputs(work, row, count, output, outputs);
-    for (int b = 0; b < COUNT; b += 2) {
-      constexpr int kTogether = COUNT < 2 ? COUNT : 2;
-      int32_t* to = sums + b * kBlockOutputs;
-      count > tiles::kRows ? multiply_tiles<kTogether, true>(rows, panel + b * column, steps, to)
-                           : multiply_tiles<kTogether, false>(rows, panel + b * column, steps, to);
-    }
+    count > tiles::kRows ? multiply_tiles<COUNT, true>(rows, panel, steps, sums)
+                         : multiply_tiles<COUNT, false>(rows, panel, steps, sums);
     finish(work, sums, kUnitOutputs, row, count, output, outputs, group);
   }
 }
@@ -136,7 +132,7 @@ static void multiply(const UnitWork& work) {
 }
 
 static int64_t spin(int64_t rounds) {
-  configure(tiles::kRows, tiles::kRows);
+  configure(kRowsAtOnce);
   for (int64_t round = 0; round < rounds; round++) {
     tiles::add_products<0, 4, 6>();
     tiles::add_products<1, 4, 7>();
