@@ -6,7 +6,7 @@ ordered as the magnitudes are, with NaN above all. And ``/`` is approximate on a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -137,6 +137,21 @@ def _fake_quantize_kernel(
         tl.store(y + column, values.to(y.dtype.element_ty), mask=inside)
 
 
+class QuantizedTokens(NamedTuple):
+    """Tokens as the products take them.
+
+    Attributes:
+        codes: int8, (tokens, inputs filled up with zeros to whole blocks of
+            :data:`~fiftyfold.kernels.triton.planes.BLOCK`).
+        scales: float32, (tokens,).
+        sums: of the codes, int32, (tokens,).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
+
+
 def quantize_tokens(
     x: torch.Tensor,
     *,
@@ -144,7 +159,7 @@ def quantize_tokens(
     full_range: bool = False,
     clip: float | None = None,
     largest: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> QuantizedTokens:
     """Quantize each token on a symmetric grid.
 
     Args:
@@ -154,10 +169,6 @@ def quantize_tokens(
         clip: clamp the input to ``[-clip, clip]`` first.
         largest: the largest magnitude of a static range, a float32 scalar; by default each token's own.
 
-    Returns:
-        The codes, int8 (tokens, inputs filled up with zeros to whole blocks of
-        :data:`~fiftyfold.kernels.triton.planes.BLOCK`), the scales, float32 (tokens,), and the sums of the codes,
-        int32 (tokens,).
     """
     x = x.contiguous()
     tokens, inputs = x.shape
@@ -171,7 +182,7 @@ def quantize_tokens(
             x, codes, scales, sums, grid.pop("largest"), inputs, padded, EARLY=starts_early(x.device),
             num_warps=8 if grid["CHUNK"] == LARGEST_CHUNK else 4, **grid,
         )  # fmt: skip
-    return codes, scales, sums
+    return QuantizedTokens(codes, scales, sums)
 
 
 def fake_quantize_tokens(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fiftyfold.kernels.linear import integer_linear
-from fiftyfold.kernels.triton.activations import quantize_tokens
+from fiftyfold.kernels.triton.activations import QuantizedTokens, quantize_tokens
 from fiftyfold.kernels.triton.early_start import early_options, gdc_launch_dependents, gdc_wait
 from fiftyfold.kernels.triton.planes import BLOCK, from_planes
 from fiftyfold.kernels.triton.sums import rescaled
@@ -149,7 +149,7 @@ def packed_linear(
     multiply = multiply_tokens if len(rows) <= MOST_TOKENS else multiply_planes
     with torch.cuda.device_of(x):
         quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
-        y = multiply(*quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
+        y = multiply(quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
     return y.view(*x.shape[:-1], scale.shape[1])
 
 
@@ -175,9 +175,7 @@ class Plan:
 
 
 def multiply_planes(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    sums: torch.Tensor,
+    quantized: QuantizedTokens,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -189,9 +187,7 @@ def multiply_planes(
     """Multiply quantized tokens by packed weights.
 
     Args:
-        codes: with ``scales`` and ``sums``, what :func:`quantize_tokens` returned.
-        scales: see there.
-        sums: see there.
+        quantized: what :func:`quantize_tokens` returned.
         packed: what :func:`~fiftyfold.kernels.triton.planes.to_planes` returned.
         weight_scale: float32, (1, outputs), contiguous.
         bias: (outputs,) or none.
@@ -202,6 +198,7 @@ def multiply_planes(
     Returns:
         (tokens, outputs).
     """
+    codes, scales, sums = quantized
     tokens, outputs = len(codes), len(packed)
     y = codes.new_empty((tokens, outputs), dtype=dtype)
     if not tokens or not outputs:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fiftyfold.kernels.triton.activations import QuantizedTokens
 from fiftyfold.kernels.triton.early_start import early_options, gdc_wait
 from fiftyfold.kernels.triton.planes import BLOCK, block_bytes
 from fiftyfold.kernels.triton.sums import dot4, rescaled
@@ -84,9 +85,7 @@ def _tokens_kernel(
 
 
 def multiply_tokens(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    sums: torch.Tensor,
+    quantized: QuantizedTokens,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -98,6 +97,7 @@ def multiply_tokens(
 
     The arguments and the result are those of :func:`fiftyfold.kernels.triton.linear.multiply_planes`.
     """
+    codes, scales, sums = quantized
     tokens, outputs = len(codes), len(packed)
     y = codes.new_empty((tokens, outputs), dtype=dtype)
     if y.numel():
