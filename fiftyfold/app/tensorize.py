@@ -33,6 +33,7 @@ from fiftyfold.modules.packed.report import ExportReport
 from fiftyfold.modules.pretrained import Objective, load_language_model
 from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linears
 from fiftyfold.modules.sizes import model_size
+from fiftyfold.modules.tensor_network.budget import Allocation
 from fiftyfold.modules.tensor_network.layers import network_layers
 from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
 
@@ -61,6 +62,7 @@ class TensorizeRecipe:
     data: str
     keep: float
     method: Method
+    allocation: Allocation
     cores: int
     split: Split
     exclude: tuple[str, ...]
@@ -96,6 +98,7 @@ def tensorize_command(
     keep: float = 0.3,
     output: str | None = None,
     method: Method = "activations",
+    allocation: Allocation = "model",
     cores: int = 3,
     split: Split = "even",
     exclude: list[str] | None = None,
@@ -125,6 +128,8 @@ def tensorize_command(
         output: folder for the compressed model; by default the model's name with the share appended.
         method: activations spreads one budget over all matrices and solves for their outputs on the text; weights cuts
             each matrix alone by singular values, as CompactifAI does.
+        allocation: for activations, what the budget follows: what each matrix does to the whole model (model), the
+            errors of the layers' outputs (outputs, for a model of less than a million parameters), or uniform.
         cores: cores of each network, for weights.
         split: for weights, even (matrix product operators, as CompactifAI) or low_rank (two thin matrices; 2 cores).
         exclude: patterns of names that stay dense, such as down_proj.
@@ -149,6 +154,7 @@ def tensorize_command(
         data=data,
         keep=keep,
         method=method,
+        allocation=allocation,
         cores=cores,
         split=split,
         exclude=tuple(exclude or ()),
@@ -281,9 +287,9 @@ def _decompose(
         return
     student = copy.deepcopy(teacher)
     if recipe.method == "activations":
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"allocation": recipe.allocation}
         if recipe.core_bits is not None:
-            arguments = {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
+            arguments |= {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
         compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude, **arguments)
     else:
         tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)

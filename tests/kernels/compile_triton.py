@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fiftyfold.kernels.triton import activations, embedding, linear, tokens, weights
+from fiftyfold.kernels.triton.activations import LARGEST_CHUNK
 
 POINTERS = {
     "x": "*fp32", "y": "*fp32", "codes": "*i8", "packed": "*u8", "scales": "*fp32", "sums": "*i32", "largest": "*fp32",
@@ -32,6 +33,7 @@ WEIGHT = {"HAS_CLIP": True, "CHUNK": 1024}
 PRODUCT = {"HAS_BIAS": True, "SPLIT": 1, "EARLY": True}
 KERNELS = [
     ("quantize", activations._quantize_kernel, {}, {**GRID, "EARLY": True}),
+    ("quantize_long", activations._quantize_kernel, {}, {**GRID, "CHUNK": LARGEST_CHUNK, "EARLY": True}),
     ("fake_quantize", activations._fake_quantize_kernel, {}, GRID),
     *(
         (
@@ -56,10 +58,11 @@ KERNELS = [
             f"matrix_{bits}_{count}",
             linear._matrix_kernel,
             {},
-            {**PRODUCT, "BITS": bits, "TOKENS": count, "OUTPUTS": outputs, "BLOCKS": 2 if count == 16 else 1},
+            {**PRODUCT, "BITS": bits, "TOKENS": plan.tokens, "OUTPUTS": plan.outputs, "BLOCKS": plan.blocks},
         )
         for bits in (1, 2)
-        for count, outputs in ((16, 64), (128, 128))
+        for count in (16, 32, 64, 128, 1024)
+        for plan in [linear.choose_plan(count, 4096, 16, 132)]
     ),
     ("sum", weights._sum_kernel, {"sums": "*fp64"}, {**WEIGHT, "BEYOND": True, "PER_GROUP": 1}),
     ("largest", weights._largest_kernel, {}, WEIGHT),
@@ -102,7 +105,10 @@ def compiled(kernel, types, constants, capability, warps):
 def main() -> None:
     """Compile all of them for one compute capability."""
     capability = int(sys.argv[1])
-    found = {name: compiled(kernel, types, constants, capability, 4) for name, kernel, types, constants in KERNELS}
+    found = {
+        name: compiled(kernel, types, constants, capability, 8 if constants.get("CHUNK") == LARGEST_CHUNK else 4)
+        for name, kernel, types, constants in KERNELS
+    }
     print(json.dumps(found))
 
 

@@ -101,10 +101,10 @@ def test_every_plan_that_is_chosen(bits, tokens):
 
 
 def test_the_split_fills_a_gpu_and_no_more():
-    assert linear._split(programs=256, blocks=16, processors=132) == 2
-    assert linear._split(programs=12, blocks=16, processors=132) == 16
-    assert linear._split(programs=12, blocks=3, processors=132) == 2
-    assert linear._split(programs=1000, blocks=16, processors=132) == 1
+    assert linear._split(programs=256, reads=16, processors=132) == 2
+    assert linear._split(programs=12, reads=16, processors=132) == 16
+    assert linear._split(programs=12, reads=3, processors=132) == 2
+    assert linear._split(programs=1000, reads=16, processors=132) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -185,10 +185,13 @@ def test_an_embedding_refuses_a_row_that_is_not_there():
             BACKEND.embedding(torch.tensor([4]), packed, torch.ones(4, 1).half(), 1, 8, torch.float32)
 
 
-def test_a_machine_without_triton_computes_with_plain_torch(monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("triton", "triton is not installed"), ("triton.knobs", "triton is older than 3.4")]
+)
+def test_a_machine_without_triton_computes_with_plain_torch(missing, reason, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else True)
     assert triton_kernels.find_backend() is None
-    assert "triton is not installed" in caplog.text
+    assert reason in caplog.text
 
 
 def test_machine_code_has_what_makes_it_fast_and_exact(tmp_path):
@@ -201,7 +204,7 @@ def test_machine_code_has_what_makes_it_fast_and_exact(tmp_path):
         # A fused multiplication or an approximate division would change a bit; local memory means spilled registers.
         assert (found["fused"], found["approximate"], found["local"]) == (0, 0, 0), name
         assert found["bytes"] > 0
-        assert found["shared"] <= 99 * 1024 or "128" in name
+        assert found["shared"] <= 99 * 1024 or name.endswith(("_128", "_1024"))
         if name.startswith("tokens"):
             assert found["dp4a"], name
         if name.startswith("matrix"):

@@ -1,7 +1,7 @@
 // Products with AMX: 16 tokens times 16 outputs times 64 inputs in one instruction, eight times what `vpdpbusd` does.
 //
-// The instruction takes bytes from memory, so weights are unpacked first, into a panel in the caches: operands of 64 bytes
-// as `vpdpbusd` takes them, one for each row of a tile. It takes more tokens than one or two to pay for that.
+// The instruction takes bytes from memory, so weights are unpacked first, into a panel in the caches: operands of 64
+// bytes as `vpdpbusd` takes them, one for each row of a tile. It takes more tokens than one or two to pay for that.
 #pragma once
 #include "path_avx512.h"
 #include "tiles_x86.h"
@@ -75,7 +75,8 @@ static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_
 // Tiles for some rows of codes, 32 at most: 16 above, and what is left beneath them. A tile without rows is an error,
 // so those that are not needed get some too.
 static inline void configure(int64_t rows_of_codes) {
-  const int64_t above = least(rows_of_codes, tiles::kRows), below = rows_of_codes > above ? rows_of_codes - above : above;
+  const int64_t above = least(rows_of_codes, tiles::kRows);
+  const int64_t below = rows_of_codes > above ? rows_of_codes - above : above;
   tiles::Shapes shapes;
   const int64_t rows[tiles::kCount] = {above, above, below, below, above, below, tiles::kRows, tiles::kRows};
   for (int tile = 0; tile < tiles::kCount; tile++) {

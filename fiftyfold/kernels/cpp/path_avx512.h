@@ -1,7 +1,7 @@
 // Products with AVX512-VNNI: four products added to 32 bits in each of sixteen lanes (`vpdpbusd`).
 //
-// Weights are unpacked in registers, by vector pipes that the products leave free on AMD's processors. Intel's have none
-// to spare: for many rows, weights are unpacked there once, into a *panel* in the caches.
+// Weights are unpacked in registers, by vector pipes that the products leave free on AMD's processors. Intel's have
+// none to spare: for many rows, weights are unpacked there once, into a *panel* in the caches.
 #pragma once
 #if defined(__x86_64__) && !defined(FF_EMULATED)
 #include <cpuid.h>
@@ -33,8 +33,8 @@ FF_AVX512 static FF_INLINE __m512i four_codes(const int8_t* x) {
   return _mm512_set1_epi32(codes);
 }
 
-// Unpacks one group's weights of COUNT blocks, of BLOCKS side by side, into operands of 64 bytes, four inputs each: those
-// of a block `operand` bytes apart, those of its neighbour `column` bytes further on.
+// Unpacks one group's weights of COUNT blocks, of BLOCKS side by side, into operands of 64 bytes, four inputs each:
+// those of a block `operand` bytes apart, those of its neighbour `column` bytes further on.
 template <int BITS, int BLOCKS, int COUNT>
 FF_AVX512 static void unpack(
     const uint8_t* weight, int64_t blocks, int64_t operand, int64_t column, uint8_t* panel) {
@@ -220,8 +220,8 @@ FF_AVX512 static void multiply_unit_by_panel(const UnitWork& work) {
   int32_t sums[6 * kUnitOutputs];
   uint8_t* panel = panel_of(inputs / 4 * kUnitBlocks * kBlockBytes);
   for (int64_t group = 0; group < work.groups; group++) {
-    unpack<BITS, kUnitBlocks, kUnitBlocks>(work.weight + group * work.group_blocks * kUnitBlocks * kBlockBytes, work.group_blocks,
-                              kUnitBlocks * kBlockBytes, kBlockBytes, panel);
+    const uint8_t* weight = work.weight + group * work.group_blocks * kUnitBlocks * kBlockBytes;
+    unpack<BITS, kUnitBlocks, kUnitBlocks>(weight, work.group_blocks, kUnitBlocks * kBlockBytes, kBlockBytes, panel);
     const int8_t* x = work.codes + group * inputs;
     for (int64_t row = 0; row < work.rows;) {
       const int64_t rows = tile_rows(work.rows - row, work.planes), stride = work.stride;

@@ -16,7 +16,7 @@
 #undef FF_PATH
 #undef FF_VNNI
 #include "path_avx512.h"
-// A compiler without headers for AMX comes with an assembler without its instructions.
+// Compilers that have headers for AMX come with assemblers that know it.
 #if defined(FF_EMULATED) || (defined(__linux__) && (__has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>)))
 #define FF_TILES 1
 #include "path_amx.h"

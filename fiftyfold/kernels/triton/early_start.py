@@ -8,22 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
-
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-    _AVAILABLE = True
-except ImportError:  # an older triton
-    _AVAILABLE = False
-
-    @triton.jit
-    def gdc_wait() -> None:
-        """Stand for what is never called."""
-        tl.static_assert(False)
-
-    gdc_launch_dependents = gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["early_options", "gdc_launch_dependents", "gdc_wait", "starts_early"]
 
@@ -31,7 +16,7 @@ __all__ = ["early_options", "gdc_launch_dependents", "gdc_wait", "starts_early"]
 @functools.cache
 def starts_early(device: torch.device) -> bool:
     """Return whether kernels on a device may start early."""
-    return _AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def early_options(device: torch.device) -> dict[str, bool]:

@@ -225,13 +225,15 @@ def choose_plan(tokens: int, outputs: int, blocks: int, processors: int) -> Plan
     if tokens > 64:
         tile_tokens, tile_outputs = 128, 64 if tokens <= 512 else 128
     programs = triton.cdiv(outputs, tile_outputs) * triton.cdiv(tokens, tile_tokens)
-    return Plan(tile_tokens, tile_outputs, 2 if tokens <= 64 else 1, _split(programs, blocks, processors), 4, 3)
+    at_once = 2 if tokens <= 64 else 1
+    split = _split(programs, triton.cdiv(blocks, at_once), processors)
+    return Plan(tile_tokens, tile_outputs, at_once, split, 4, 3)
 
 
-def _split(programs: int, blocks: int, processors: int) -> int:
+def _split(programs: int, reads: int, processors: int) -> int:
     """Return among how many programs to split the inputs: as many as fill the GPU twice, in powers of two."""
     split = 1
-    while split * 2 <= blocks and programs * split < 2 * processors and split < 16:
+    while split * 2 <= reads and programs * split < 2 * processors and split < 16:
         split *= 2
     return split
 

@@ -307,7 +307,7 @@ def install_network(
     module.register_parameter("weight", weight)
     module._buffers.pop(PIVOTS, None)
     if form.gauge == "fixed":
-        rows = torch.zeros(form.pivots, dtype=torch.long) if pivots is None else pivots
+        rows = torch.zeros(form.pivots, dtype=torch.long, device=weight.device) if pivots is None else pivots
         module.register_buffer(PIVOTS, row_signs(rows.to(weight.device), form, weight.dtype))
     module.form = form
     module._break_even = break_even(form)

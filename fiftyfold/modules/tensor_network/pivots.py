@@ -60,6 +60,8 @@ def held_alike(given: torch.Tensor, held: torch.Tensor, form: NetworkForm) -> to
         held: the buffer that is to take it.
         form: of the network of both.
     """
+    if given.dim() != (2 if given.is_floating_point() else 1):
+        return given  # of neither way: loading tells the shapes
     if not held.is_floating_point():
         return row_numbers(given).to(held.dtype)
     return given if given.is_floating_point() else row_signs(given, form, held.dtype)

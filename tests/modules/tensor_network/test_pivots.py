@@ -175,3 +175,15 @@ def test_the_digits_are_as_many_as_the_rows_need(form, bits, dtype):
     stored = stored_rows(signs, form)
     assert stored.dtype == dtype
     assert torch.equal(stored.long(), rows)
+
+
+@pytest.mark.parametrize("given", [torch.tensor(1), torch.zeros(2, 2, 2), torch.zeros(99)], ids=["0", "3", "1, floats"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_no_row_numbers_is_for_loading_to_refuse(given, stored):
+    model = nn.Sequential(nn.Linear(6, 6))
+    compress_matrices(model, [torch.randn(40, 6)], 0.9, allocation="uniform", families=("svd",))
+    change_gauge(model[0], "fixed")
+    if stored:
+        narrow_pivots(model[0])
+    with pytest.raises(RuntimeError, match=PIVOTS):
+        model.load_state_dict(model.state_dict() | {f"0.{PIVOTS}": given})
