@@ -30,10 +30,12 @@ POINTERS = {
 }  # fmt: skip
 GRID = {"HAS_CLIP": True, "STATIC": False, "CHUNK": 1024}
 WEIGHT = {"HAS_CLIP": True, "CHUNK": 1024}
-PRODUCT = {"HAS_BIAS": True, "SPLIT": 1, "EARLY": True}
+CAPABILITY = int(sys.argv[1])
+EARLY = {"EARLY": CAPABILITY >= 90}
+PRODUCT = {"HAS_BIAS": True, "SPLIT": 1, **EARLY}
 KERNELS = [
-    ("quantize", activations._quantize_kernel, {}, {**GRID, "EARLY": True}),
-    ("quantize_long", activations._quantize_kernel, {}, {**GRID, "CHUNK": LARGEST_CHUNK, "EARLY": True}),
+    ("quantize", activations._quantize_kernel, {}, {**GRID, **EARLY}),
+    ("quantize_long", activations._quantize_kernel, {}, {**GRID, "CHUNK": LARGEST_CHUNK, **EARLY}),
     ("fake_quantize", activations._fake_quantize_kernel, {}, GRID),
     *(
         (
@@ -49,7 +51,7 @@ KERNELS = [
             f"tokens_{bits}",
             tokens._tokens_kernel,
             {"codes": "*i32", "packed": "*i32"},
-            {"HAS_BIAS": True, "EARLY": True, "BITS": bits, "OUTPUTS": 16 // bits, "BLOCKS": tokens.LARGEST_BLOCKS},
+            {"HAS_BIAS": True, **EARLY, "BITS": bits, "OUTPUTS": 16 // bits, "BLOCKS": tokens.LARGEST_BLOCKS},
         )
         for bits in (1, 2)
     ),
@@ -74,7 +76,7 @@ KERNELS = [
 ]
 
 
-def compiled(kernel, types, constants, capability, warps):
+def compiled(kernel, types, constants, warps):
     """Return what is to be looked at of one kernel."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, POINTERS.get(name)) for name in names}
@@ -89,7 +91,7 @@ def compiled(kernel, types, constants, capability, warps):
         },
     )
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    result = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
     ptx = result.asm["ptx"]
     return {
         "bytes": len(result.asm["cubin"]),
@@ -104,9 +106,8 @@ def compiled(kernel, types, constants, capability, warps):
 
 def main() -> None:
     """Compile all of them for one compute capability."""
-    capability = int(sys.argv[1])
     found = {
-        name: compiled(kernel, types, constants, capability, 8 if constants.get("CHUNK") == LARGEST_CHUNK else 4)
+        name: compiled(kernel, types, constants, 8 if constants.get("CHUNK") == LARGEST_CHUNK else 4)
         for name, kernel, types, constants in KERNELS
     }
     print(json.dumps(found))
