@@ -89,8 +89,8 @@ def test_the_largest_sums(bits, tokens, sign):
 def test_how_a_product_is_shared_out_changes_no_bit(bits, tokens, split, blocks):
     quantized = quantize_tokens(torch.randn(tokens, 1300, device=DEVICE))
     packed, scale = to_planes(codes_of(bits, 20, 1300), bits), torch.rand(1, 20, device=DEVICE)
-    whole = linear.multiply_planes(quantized, packed, scale, weight_bits=bits, plan=linear.Plan(16, 16, 1, 1, 4, 3))
-    shared = linear.Plan(16, 32, blocks, split, 4, 2)
+    whole = linear.multiply_planes(quantized, packed, scale, weight_bits=bits, plan=linear.Plan(16, 16, 1, 1))
+    shared = linear.Plan(16, 32, blocks, split)
     assert torch.equal(linear.multiply_planes(quantized, packed, scale, weight_bits=bits, plan=shared), whole)
 
 

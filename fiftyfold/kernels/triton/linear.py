@@ -162,16 +162,12 @@ class Plan:
         outputs: that a program computes.
         blocks: of inputs that a program reads at once.
         split: among how many programs the inputs of an output are split.
-        warps: of a program.
-        stages: how many reads are on their way at once.
     """
 
     tokens: int
     outputs: int
     blocks: int
     split: int
-    warps: int
-    stages: int
 
 
 def multiply_planes(
@@ -212,7 +208,7 @@ def multiply_planes(
     sizes = (tokens, outputs)
     _matrix_kernel[(triton.cdiv(outputs, plan.outputs), triton.cdiv(tokens, plan.tokens), plan.split)](
         codes, packed, *factors, y, partial, *sizes, blocks, TOKENS=plan.tokens, OUTPUTS=plan.outputs,
-        BLOCKS=plan.blocks, num_warps=plan.warps, num_stages=plan.stages, **shared,
+        BLOCKS=plan.blocks, num_warps=4, num_stages=3, **shared,
     )  # fmt: skip
     if plan.split > 1:
         _finish_kernel[(triton.cdiv(outputs, 256), tokens)](partial, *factors, y, *sizes, OUTPUTS=256, **shared)
@@ -221,13 +217,11 @@ def multiply_planes(
 
 def choose_plan(tokens: int, outputs: int, blocks: int, processors: int) -> Plan:
     """Return how to share out a product: in tiles that fill a GPU, the inputs split where there are too few."""
-    tile_tokens, tile_outputs = (16 if tokens <= 16 else 32, 64) if tokens <= 32 else (64, 64)
-    if tokens > 64:
-        tile_tokens, tile_outputs = 128, 64 if tokens <= 512 else 128
-    programs = triton.cdiv(outputs, tile_outputs) * triton.cdiv(tokens, tile_tokens)
+    tile_tokens = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    tile_outputs = 64 if tokens <= 512 else 128
     at_once = 2 if tokens <= 64 else 1
-    split = _split(programs, triton.cdiv(blocks, at_once), processors)
-    return Plan(tile_tokens, tile_outputs, at_once, split, 4, 3)
+    programs = triton.cdiv(outputs, tile_outputs) * triton.cdiv(tokens, tile_tokens)
+    return Plan(tile_tokens, tile_outputs, at_once, _split(programs, triton.cdiv(blocks, at_once), processors))
 
 
 def _split(programs: int, reads: int, processors: int) -> int:
