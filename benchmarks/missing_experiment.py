@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from real_road import machine
 from rivals import METHODS, PLAIN_BITS, Grams, activation_grams, compress, quantize_numbers
-from studied_models import ClassifierBudget, StudiedClassifier, StudiedLanguageModel, StudiedModel, TextBudget
+from studied_models import ClassifierBudget, Place, StudiedClassifier, StudiedLanguageModel, StudiedModel, TextBudget
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,12 +48,10 @@ ALL_METHODS = (*METHODS, OURS)
 FIGURES = {"stories": ("nats", "accuracy"), "decoder": ("nats", "accuracy"), "minilm": ("pearson", "spearman")}
 """What the tables show of each model's scores: the first with its spread, the second in brackets."""
 
-MODELS: dict[str, Callable[[str, str, str | None], StudiedModel]] = {
-    "stories": lambda folder, data, cache: StudiedLanguageModel(folder, data, cache, TextBudget(), stories=True),
-    "decoder": lambda folder, data, cache: StudiedLanguageModel(
-        folder, data, cache, TextBudget(steps=40, block_steps=20), stories=False
-    ),
-    "minilm": lambda folder, data, cache: StudiedClassifier(folder, data, cache, ClassifierBudget()),
+MODELS: dict[str, Callable[[Place], StudiedModel]] = {
+    "stories": lambda place: StudiedLanguageModel(place, TextBudget(), stories=True),
+    "decoder": lambda place: StudiedLanguageModel(place, TextBudget(steps=40, block_steps=20), stories=False),
+    "minilm": lambda place: StudiedClassifier(place, ClassifierBudget()),
 }
 
 
@@ -64,6 +62,7 @@ def main() -> None:
     parser.add_argument("--folder", help="the model's folder")
     parser.add_argument("--data", help="TinyStories' sample, WikiText-2's folder, or GLUE's")
     parser.add_argument("--cache", default=None, help="where tokens are kept")
+    parser.add_argument("--device", default="cpu", help="what computes: cpu or cuda")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--only", help="run cells with this in their name")
     parser.add_argument("--most", type=int, default=10**9, help="run at most so many cells")
@@ -75,7 +74,8 @@ def main() -> None:
     quiet_lightning()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    study = Study(MODELS[arguments.model](arguments.folder, arguments.data, arguments.cache))
+    place = Place(arguments.folder, arguments.data, arguments.cache, arguments.device)
+    study = Study(MODELS[arguments.model](place), arguments.device)
     done = 0
     for cell in cells(arguments.model, arguments.seeds):
         path = RESULTS / f"{cell.name}.json"
@@ -121,15 +121,16 @@ def cells(model: str, seeds: list[int]) -> Iterator[Cell]:
 class Study:
     """Compresses, heals and scores one model in every way."""
 
-    def __init__(self, model: StudiedModel) -> None:
-        self.model = model
+    def __init__(self, model: StudiedModel, device: str) -> None:
+        self.model, self.device = model, device
         self._grams: dict[int, Grams] = {}
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Compress, score, heal, score."""
         begin = time.monotonic()
         torch.manual_seed(cell.seed)
-        teacher, student = self.model.teacher, copy.deepcopy(self.model.teacher).requires_grad_(True)
+        teacher = self.model.teacher.to(self.device)
+        student = copy.deepcopy(teacher).requires_grad_(True)
         matrices = find_matrices(student)
         if cell.method == OURS:
             how: dict[str, Any] = {"factor_bits": 8, "whole_bits": WHOLE_BITS} if cell.bits == 8 else {}
@@ -159,7 +160,12 @@ class Study:
             healed, result["learning_rate"], result["losses"] = self.heal(student, cell)
             result["healed"] = self.model.score(stored_form(healed, cell))
         seconds = round(time.monotonic() - begin)
-        return result | {"seconds": seconds, "budget": self.model.budget, "machine": machine()}
+        return result | {"seconds": seconds, "budget": self.model.budget, "machine": self.machine()}
+
+    def machine(self) -> dict[str, Any]:
+        """Say what computed."""
+        gpu = {"gpu": torch.cuda.get_device_name()} if self.device != "cpu" else {}
+        return machine() | gpu
 
     def heal(self, student: PreTrainedModel, cell: Cell) -> tuple[PreTrainedModel, float, dict[float, float]]:
         """Heal at each learning rate, for one that mends a bad start spoils a good one.

@@ -21,6 +21,23 @@ from fiftyfold.modules.perplexity import TextScore, score_documents, score_row
 from fiftyfold.modules.tensor_network.moments import Batch
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a study's things are.
+
+    Attributes:
+        folder: the model's.
+        data: its text.
+        cache: where its tokens are kept.
+        device: what computes.
+    """
+
+    folder: str
+    data: str
+    cache: str | None
+    device: str
+
+
 class StudiedModel(Protocol):
     """A model with its text: what calibrates and heals is apart from what is scored."""
 
@@ -61,18 +78,17 @@ class StudiedLanguageModel:
     """A causal language model that heals block by block, then end to end.
 
     Args:
-        folder: the model's.
-        data: text, as LanguageModelingDataModule takes it.
-        cache: where its tokens are kept.
+        place: where text, as LanguageModelingDataModule takes it, and the rest are.
         budget: what each method is given.
         stories: whether the text is separate stories, each scored on its own, and not one long row.
     """
 
-    def __init__(self, folder: str, data: str, cache: str | None, budget: TextBudget, *, stories: bool) -> None:
-        self.teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    def __init__(self, place: Place, budget: TextBudget, *, stories: bool) -> None:
+        teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place.folder)
+        self.teacher = teacher.to(place.device).eval().requires_grad_(False)
         self._budget, self._stories = budget, stories
         text = LanguageModelingDataModule(
-            folder, data, sequence_length=budget.sequence, cache_dir=cache, limit_train=None
+            place.folder, place.data, sequence_length=budget.sequence, cache_dir=place.cache, limit_train=None
         )
         if stories:
             documents = text.documents("train")
@@ -146,15 +162,13 @@ class StudiedClassifier:
     """A model fine-tuned on a GLUE task that heals by one-stage distillation, without labels.
 
     Args:
-        folder: the fine-tuned model's.
-        data: GLUE's folder.
-        cache: where its tokens are kept.
+        place: where GLUE's folder and the rest are.
         budget: what each method is given.
     """
 
-    def __init__(self, folder: str, data: str, cache: str | None, budget: ClassifierBudget) -> None:
-        self.teacher: PreTrainedModel = load_teacher(folder).eval().requires_grad_(False)
-        self._folder, self._data, self._cache, self._budget = folder, data, cache, budget
+    def __init__(self, place: Place, budget: ClassifierBudget) -> None:
+        self.teacher: PreTrainedModel = load_teacher(place.folder).to(place.device).eval().requires_grad_(False)
+        self._place, self._budget = place, budget
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -176,6 +190,7 @@ class StudiedClassifier:
         module.student = student.train()
         trainer = lightning.Trainer(
             max_steps=self._budget.steps,
+            accelerator="cpu" if self._place.device == "cpu" else "gpu",
             devices=1,
             gradient_clip_val=1.0,
             limit_val_batches=0,
@@ -191,8 +206,11 @@ class StudiedClassifier:
     def loss(self, student: PreTrainedModel, seed: int) -> float:
         """Return the squared distance from the teacher's outputs on the batches that healing would take next."""
         batches = self._batches(1000 + seed, self._budget.steps, self._budget.choosing_batches)
-        inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-        student.eval()
+        device = self._place.device
+        inputs = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in batches]
+        # Lightning leaves both on the CPU.
+        self.teacher.to(device)
+        student.to(device).eval()
         distances = [(student(**each).logits - self.teacher(**each).logits).square().mean() for each in inputs]
         return float(torch.stack(distances).mean())
 
@@ -210,10 +228,10 @@ class StudiedClassifier:
     def _sentences(self, seed: int) -> GLUEDataModule:
         return GLUEDataModule(
             self._budget.task,
-            self._folder,
-            self._data,
+            self._place.folder,
+            self._place.data,
             batch_size=self._budget.batch_size,
             group_by_length=True,
             seed=seed,
-            cache_dir=self._cache,
+            cache_dir=self._place.cache,
         )

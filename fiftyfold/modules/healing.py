@@ -229,7 +229,7 @@ def heal(
     Args:
         student: the compressed model.
         teacher: the model that it was made from; frozen in place.
-        sequences: text to heal on, [sequences, tokens].
+        sequences: text to heal on, [sequences, tokens], on any device.
         steps: optimizer steps of the end-to-end phase.
         block_steps: optimizer steps of the block-wise phase before it.
         batch_size: sequences a step.
@@ -264,11 +264,12 @@ def heal(
         raise FiftyfoldError("nothing of the student trains: no parameter asks for gradients (requires_grad_).")
     optimizer = torch.optim.AdamW(decay_groups(student, weight_decay), lr=learning_rate, fused=True)
     student.train()
+    device = next(student.parameters()).device
     losses = []
     for step, rows in enumerate(_batches(len(sequences), batch_size, block_steps + steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(step + 1, ends, warmup)
-        batch = {"input_ids": sequences[rows], "labels": targets[rows]}
+        batch = {"input_ids": sequences[rows].to(device), "labels": targets[rows].to(device)}
         in_blocks = block_steps > 0 and stage_at(step, ends) == 0
         parts = healer.block_wise(batch, lookahead=lookahead) if in_blocks else healer.end_to_end(batch, weights)
         guard.note(parts["loss"], step)

@@ -23,7 +23,7 @@ float half_to_float(uint16_t bits) {
 
 struct Case {
   int tokens, inputs, outputs, groups, bits, activation_bits;
-  bool full_range, bias, clip, fixed, odd, extreme;
+  bool full_range, bias, clip, fixed, odd, extreme, ties;
 };
 
 // The output of one token, step by step.
@@ -69,6 +69,11 @@ bool check_linear(const Case& c) {
   // The last token ends where the memory ends.
   std::vector<float> x(static_cast<size_t>((c.tokens - 1) * stride + c.inputs));
   for (auto& value : x) value = c.extreme ? -1.0f : static_cast<float>(pick(-1000, 1000)) * 0.0137f;
+  if (c.ties) {  // quotients that lie in the middle between two codes, or a last bit beside it
+    const float step = static_cast<float>(pick(1, 1000)) * 0.00137f;
+    for (auto& value : x) value = (static_cast<float>(pick(-127, 126)) + 0.5f) * step;
+    for (int t = 0; t < c.tokens; t++) x[static_cast<size_t>(t * stride)] = 127.0f * step;
+  }
   if (c.odd) x[static_cast<size_t>(pick(0, static_cast<int>(x.size()) - 1))] = pick(0, 1) ? NAN : INFINITY;
   std::vector<float> scale(static_cast<size_t>(c.groups * c.outputs)), bias(static_cast<size_t>(c.outputs));
   for (auto& value : scale) value = static_cast<float>(pick(1, 1000)) * 0.001f;
@@ -170,14 +175,17 @@ int main(int count, char** arguments) {
       const int activation_bits[] = {4, 8, 8, 16};
       c.activation_bits = activation_bits[pick(0, 3)];
       c.full_range = c.activation_bits < 16 && pick(0, 1), c.bias = pick(0, 1), c.clip = pick(0, 2) == 0;
-      c.fixed = pick(0, 2) == 0, c.odd = pick(0, 5) == 0;
+      c.fixed = pick(0, 2) == 0, c.odd = pick(0, 5) == 0, c.ties = pick(0, 2) == 0;
       failures += !check_linear(c);
     }
     for (int bits = 1; bits <= 2; bits++) {
       for (int tokens = 1; tokens <= 8; tokens += 7) {
-        failures += !check_linear({tokens, 16384, 17, 1, bits, 8, true, false, false, false, false, true});
-        failures += !check_linear({tokens, 16384, 65, 1, bits, 16, false, false, false, false, false, true});
+        failures += !check_linear({tokens, 16384, 17, 1, bits, 8, true, false, false, false, false, true, false});
+        failures += !check_linear({tokens, 16384, 65, 1, bits, 16, false, false, false, false, false, true, false});
       }
+      // More inputs than are multiplied at once, for more rows than that.
+      failures += !check_linear({70, 2 * 2090, 81, 2, bits, 8, false, true, false, false, false, false, true});
+      failures += !check_linear({37, 2100, 64, 1, bits, 16, false, true, false, false, false, false, false});
     }
     std::printf("%s checked\n", ff_path());
   }

@@ -207,7 +207,7 @@ FF_AVX2 static void multiply(const UnitWork& work) {
   work.rows <= kFewRows ? multiply_few<BITS>(work) : multiply_rows<BITS>(work);
 }
 
-FF_DEFINE_QUANTIZE(FF_AVX2)
+FF_DEFINE_QUANTIZE(FF_AVX2, Codes)
 
 FF_AVX2 static int64_t spin(int64_t rounds) {
   constexpr int kSums = 10;

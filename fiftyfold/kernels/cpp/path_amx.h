@@ -17,6 +17,7 @@ constexpr int64_t kTokensAtOnce = 256;
 constexpr int kBlocksAtOnce = 2;  // whose panel fits into the first cache
 constexpr int64_t kStepInputs = 64;
 constexpr int64_t kRowsAtOnce = 2 * tiles::kRows;
+constexpr int64_t kSumsStride = kBlocksAtOnce * kBlockOutputs;
 
 FF_DEFINE_FINISH(FF_AMX)
 
@@ -44,11 +45,12 @@ struct Rows {
   }
 };
 
-// Up to 16 rows, or 32 if PAIRED, times 16 outputs, or 32 if COUNT is 2: sums (rows x 64) in tiles 0 to 3, codes in 4
-// and 5, weights in 6 and 7.
-template <int COUNT, bool PAIRED>
-static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums) {
-  const int64_t stride = kUnitOutputs * 4;
+// Up to 16 rows, or 32 if PAIRED, times 16 outputs, or 32 if COUNT is 2: sums (rows x 32) in tiles 0 to 3, codes in 4
+// and 5, weights in 6 and 7. `meanwhile` is called after each step.
+template <int COUNT, bool PAIRED, typename Meanwhile>
+static FF_INLINE void multiply_tiles(
+    const Rows& rows, const uint8_t* panel, int64_t steps, int32_t* sums, Meanwhile meanwhile) {
+  constexpr int64_t kStride = kSumsStride * 4;
   tiles::clear<0>(), tiles::clear<1>(), tiles::clear<2>(), tiles::clear<3>();
   for (int64_t step = 0; step < steps; step++) {
     const uint8_t* weights = panel + step * tiles::kBytes;
@@ -64,12 +66,13 @@ static inline void multiply_tiles(const Rows& rows, const uint8_t* panel, int64_
       tiles::add_products<2, 5, 6>();
       if (COUNT == 2) tiles::add_products<3, 5, 7>();
     }
+    meanwhile();
   }
-  int32_t* below = sums + tiles::kRows * kUnitOutputs;
-  tiles::store<0>(sums, stride);
-  if (COUNT == 2) tiles::store<1>(sums + kBlockOutputs, stride);
-  if (PAIRED) tiles::store<2>(below, stride);
-  if (PAIRED && COUNT == 2) tiles::store<3>(below + kBlockOutputs, stride);
+  int32_t* below = sums + tiles::kRows * kSumsStride;
+  tiles::store<0>(sums, kStride);
+  if (COUNT == 2) tiles::store<1>(sums + kBlockOutputs, kStride);
+  if (PAIRED) tiles::store<2>(below, kStride);
+  if (PAIRED && COUNT == 2) tiles::store<3>(below + kBlockOutputs, kStride);
 }
 
 // Tiles for some rows of codes, 32 at most: 16 above, and what is left beneath them. A tile without rows is an error,
@@ -95,16 +98,35 @@ static inline void fetch_outputs(const UnitWork& work, int64_t row, int64_t rows
   }
 }
 
+// Sums that are computed and not yet outputs: they become outputs bit by bit, while tiles are multiplied, by other pipes.
+struct Unfinished {
+  const UnitWork& work;
+  int64_t output, outputs, group;
+  const int32_t* sums = nullptr;
+  int64_t row = 0, end = 0;
+
+  void finish_some(int64_t rows) {
+    rows = least(rows, end - row);
+    if (rows <= 0) return;
+    finish(work, sums, kSumsStride, row, rows, output, outputs, group);
+    row += rows;
+    sums += rows * kSumsStride;
+  }
+};
+
 // One group of inputs, of COUNT of a unit's blocks from `first` on; rows 32 at once.
 template <int BITS, int BLOCKS, int COUNT>
 FF_AMX static void multiply_group(const UnitWork& work, int64_t group, int first, uint8_t* panel) {
-  alignas(64) int32_t sums[kRowsAtOnce * kUnitOutputs];
+  alignas(64) int32_t sums[2][kRowsAtOnce * kSumsStride];
   const int64_t inputs = work.group_blocks * (32 / BITS), steps = (inputs + kStepInputs - 1) / kStepInputs;
   const int64_t column = steps * tiles::kBytes, used = work.group_blocks * (8 / BITS) * tiles::kRowBytes;
   const uint8_t* weight = work.weight + (group * work.group_blocks * BLOCKS + first) * kBlockBytes;
   avx512::unpack<BITS, BLOCKS, COUNT>(weight, work.group_blocks, tiles::kRowBytes, column, panel);
   for (int b = 0; b < COUNT; b++) std::memset(panel + b * column + used, 0, static_cast<size_t>(column - used));
   const int64_t output = first * kBlockOutputs, outputs = least(COUNT * kBlockOutputs, work.outputs - output);
+  Unfinished unfinished{work, output, outputs, group};
+  const int64_t tokens_a_step = (kRowsAtOnce / work.planes + steps - 1) / steps;
+  auto meanwhile = [&] { unfinished.finish_some(tokens_a_step * work.planes); };
   int64_t configured = 0;
   for (int64_t row = 0; row < work.rows; row += kRowsAtOnce) {
     const int64_t count = least(work.rows - row, kRowsAtOnce);
@@ -112,10 +134,12 @@ FF_AMX static void multiply_group(const UnitWork& work, int64_t group, int first
     configured = count;
     const Rows rows(work.codes + group * inputs + row * work.stride, work.stride, count, inputs);
     fetch_outputs(work, row, count, output, outputs);
-    count > tiles::kRows ? multiply_tiles<COUNT, true>(rows, panel, steps, sums)
-                         : multiply_tiles<COUNT, false>(rows, panel, steps, sums);
-    finish(work, sums, kUnitOutputs, row, count, output, outputs, group);
+    int32_t* to = sums[row / kRowsAtOnce % 2];
+    count > tiles::kRows ? multiply_tiles<COUNT, true>(rows, panel, steps, to, meanwhile)
+                         : multiply_tiles<COUNT, false>(rows, panel, steps, to, meanwhile);
+    unfinished.sums = to, unfinished.row = row, unfinished.end = row + count;
   }
+  unfinished.finish_some(kRowsAtOnce);
 }
 
 template <int BITS>

@@ -262,7 +262,43 @@ FF_AVX512 static void multiply(const UnitWork& work) {
   else multiply_unit<BITS, kUnitBlocks>(work);
 }
 
-FF_DEFINE_QUANTIZE(FF_AVX512)
+// Codes of 64 entries at once, by the scale's reciprocal: a division takes twice the time of all the rest. Where a
+// product comes so near to the middle between two codes that its quotient might lie beyond it, all 64 are divided:
+// product and quotient, of at most 128.5, differ by three roundings, some 2.3e-5.
+struct ManyCodes {
+  FF_AVX512 static int32_t write(const float* x, int64_t n, float scale, Bounds bounds, int8_t* codes) {
+    constexpr int kAtOnce = 64;
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale), doubtful = _mm512_set1_ps(0.49997f);
+    const __m512 low = _mm512_set1_ps(bounds.low), high = _mm512_set1_ps(bounds.high);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i sums = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + kAtOnce <= n; i += kAtOnce) {
+      __m512i four[4];
+      __m512 farthest = _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * v), inverse);
+        const __m512 bounded = _mm512_min_ps(_mm512_max_ps(product, low), high);
+        four[v] = _mm512_cvtps_epi32(bounded);
+        farthest = _mm512_max_ps(farthest, _mm512_abs_ps(_mm512_sub_ps(bounded, _mm512_cvtepi32_ps(four[v]))));
+      }
+      const __m512i sixteen[2] = {_mm512_packs_epi32(four[0], four[1]), _mm512_packs_epi32(four[2], four[3])};
+      _mm512_storeu_si512(
+          codes + i, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(sixteen[0], sixteen[1])));
+      if (_mm512_cmp_ps_mask(farthest, doubtful, _CMP_GT_OQ)) Codes::write(x + i, kAtOnce, scale, bounds, codes + i);
+      add_products_of(sums, ones, _mm512_loadu_si512(codes + i));
+    }
+    int32_t parts[16];
+    _mm512_storeu_si512(parts, sums);
+    uint32_t sum = static_cast<uint32_t>(Codes::write(x + i, n - i, scale, bounds, codes + i));
+    for (const int32_t part : parts) sum += static_cast<uint32_t>(part);
+    return static_cast<int32_t>(sum);
+  }
+};
+
+FF_DEFINE_QUANTIZE(FF_AVX512, ManyCodes)
 
 FF_AVX512 static int64_t spin(int64_t rounds) {
   constexpr int kSums = 16;

@@ -87,7 +87,7 @@ FF_NEON static void multiply(const UnitWork& work) {
   }
 }
 
-FF_DEFINE_QUANTIZE(FF_NEON)
+FF_DEFINE_QUANTIZE(FF_NEON, Codes)
 
 #undef FF_NEON
 

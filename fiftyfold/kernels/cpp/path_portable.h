@@ -42,7 +42,7 @@ static void multiply(const UnitWork& work) {
   }
 }
 
-FF_DEFINE_QUANTIZE()
+FF_DEFINE_QUANTIZE(, Codes)
 
 static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}, nullptr};
 

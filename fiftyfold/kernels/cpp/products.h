@@ -94,10 +94,10 @@ static FF_INLINE void finish_sums(
   }
 
 // Likewise.
-#define FF_DEFINE_QUANTIZE(target)                                                                              \
+#define FF_DEFINE_QUANTIZE(target, codes_of_8_bits)                                                             \
   target static void quantize(const Grid& grid, const float* x, int64_t groups, int64_t group_inputs,           \
                               int64_t group_padded, int8_t* codes, float* scale, int32_t* sums) {               \
-    quantize_token(grid, x, groups, group_inputs, group_padded, codes, scale, sums);                            \
+    quantize_token<codes_of_8_bits>(grid, x, groups, group_inputs, group_padded, codes, scale, sums);           \
   }
 
 static FF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -87,15 +87,18 @@ static FF_INLINE int32_t code_of(float x, float scale, Bounds bounds) {
   return static_cast<int32_t>(bits_of(quotient + kMagic) - 0x4b400000u);
 }
 
-static FF_INLINE int32_t write_codes(const float* x, int64_t n, float scale, Bounds bounds, int8_t* codes) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const int8_t code = static_cast<int8_t>(code_of(x[i], scale, bounds));
-    codes[i] = code;
-    sum += code;
+// Codes of 8 bits or fewer, and their sum: unsigned, for what NaN gives has no bounds.
+struct Codes {
+  static FF_INLINE int32_t write(const float* x, int64_t n, float scale, Bounds bounds, int8_t* codes) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+      const int32_t code = code_of(x[i], scale, bounds);
+      codes[i] = static_cast<int8_t>(code);
+      sum += static_cast<uint32_t>(code);
+    }
+    return static_cast<int32_t>(sum);
   }
-  return sum;
-}
+};
 
 static FF_INLINE int32_t write_wide_codes(
     const float* x, int64_t n, float scale, Bounds bounds, int8_t* high, int8_t* low) {
@@ -112,6 +115,7 @@ static FF_INLINE int32_t write_wide_codes(
 }
 
 // Quantizes one token into `planes` rows of codes, `padded` bytes each, and the sums of the codes in each group.
+template <typename NarrowCodes>
 static FF_INLINE void quantize_token(
     const Grid& grid, const float* x, int64_t groups, int64_t group_inputs, int64_t group_padded, int8_t* codes,
     float* scale, int32_t* sums) {
@@ -125,7 +129,7 @@ static FF_INLINE void quantize_token(
       sums[group] = write_wide_codes(from, group_inputs, divisor, bounds, to, to + padded);
       std::memset(to + padded + group_inputs, 0, static_cast<size_t>(group_padded - group_inputs));
     } else {
-      sums[group] = write_codes(from, group_inputs, divisor, bounds, to);
+      sums[group] = NarrowCodes::write(from, group_inputs, divisor, bounds, to);
     }
     std::memset(to + group_inputs, 0, static_cast<size_t>(group_padded - group_inputs));
   }
