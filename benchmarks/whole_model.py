@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("model", choices=CONFIGURATIONS)
     parser.add_argument("--bits", type=int, default=1, choices=(1, 2))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="time both as torch.compile makes them too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -43,7 +44,7 @@ def main() -> None:
     quantize(model, weight_bits=arguments.bits)
     with tempfile.TemporaryDirectory() as folder:
         fiftyfold.export(model, Path(folder) / "small")
-        measurements, left_out = measure(str(Path(folder) / "small"), None, SIZES, "cpu")
+        measurements, left_out = measure(str(Path(folder) / "small"), None, SIZES, "cpu", compiled=arguments.compile)
     show(measurements, left_out, title=f"{arguments.model}, W{arguments.bits}A8, {arguments.threads} threads")
     library = cpu_status().library
     row: dict[str, Any] = {

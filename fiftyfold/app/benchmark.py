@@ -45,6 +45,7 @@ def benchmark(
     shapes: str = "1x8,1x128,8x128",
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    compile: bool = False,
     output: str | None = None,
 ) -> None:
     """Time a compressed model beside its teacher, bfloat16 and 8-bit peers.
@@ -58,6 +59,7 @@ def benchmark(
         shapes: sizes of a batch as SENTENCESxTOKENS, with commas between.
         threads: threads of the CPU; torch's choice if left out.
         device: cpu or cuda.
+        compile: time it and what it replaces as torch.compile makes them too; compiling takes a minute or more.
         output: a JSON file to write the figures to; must not exist.
     """
     sizes = [_parse(shape.strip()) for shape in shapes.split(",")]
@@ -69,26 +71,26 @@ def benchmark(
         if threads < 1:
             raise FiftyfoldError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
-    measurements, left_out = measure(folder, teacher, sizes, device)
+    measurements, left_out = measure(folder, teacher, sizes, device, compiled=compile)
     show(measurements, left_out, title=f"{folder}, {device}, {torch.get_num_threads()} threads")
     if output is not None:
         Path(output).write_text(json.dumps(describe(measurements, left_out, device), indent=2) + "\n", encoding="utf-8")
 
 
 def measure(
-    folder: str, teacher: str | None, sizes: Sequence[tuple[int, int]], device: str
+    folder: str, teacher: str | None, sizes: Sequence[tuple[int, int]], device: str, *, compiled: bool = False
 ) -> tuple[list[Measurement], list[LeftOut]]:
     """Build and time the models, with a progress bar.
 
     Returns:
-        The figures, the exported model's last, and the models that could not be measured.
+        The figures, the exported model's last, compiled if it was compiled, and the models that could not be measured.
     """
     contenders: list[Contender] = []
     left_out: list[LeftOut] = []
     latencies: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("building the models", total=5 + len(sizes))
-        for built in build_contenders(folder, teacher, device):
+        task = progress.add_task("building the models", total=5 + 2 * compiled + len(sizes))
+        for built in build_contenders(folder, teacher, device, compiled=compiled):
             (contenders if isinstance(built, Contender) else left_out).append(built)  # type: ignore[arg-type]
             progress.update(task, advance=1, description=f"built {built.name}")
         models = {contender.name: contender.model for contender in contenders}

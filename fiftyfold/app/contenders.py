@@ -50,20 +50,26 @@ class LeftOut:
     reason: str
 
 
-def build_contenders(folder: str, teacher: str | None, device: str) -> Iterator[Contender | LeftOut]:
+def build_contenders(
+    folder: str, teacher: str | None, device: str, *, compiled: bool = False
+) -> Iterator[Contender | LeftOut]:
     """Build the models one by one: the one to compare with first, the exported one last.
 
     Args:
         folder: an exported folder of a transformers model.
         teacher: a folder or hub id to compare with; by default the exported model itself with dense float32 weights.
         device: ``"cpu"`` or ``"cuda"``. The 8-bit peers run on the CPU alone.
+        compiled: build both compiled by torch too, after each.
 
     Raises:
         FiftyfoldError: if a folder cannot be opened, or the model does not read tokens.
     """
     packed = _exported(folder)
     dense = _dense(folder) if teacher is None else _teacher(teacher, packed)
-    yield _torch_contender("dense float32" if teacher is None else "teacher", dense.to(device))
+    name = "dense float32" if teacher is None else "teacher"
+    yield _torch_contender(name, dense.to(device))
+    if compiled:
+        yield _compiled(name, dense, device)
     yield _torch_contender("bfloat16", copy.deepcopy(dense).to(torch.bfloat16))
     if device == "cpu":
         yield _dynamic_int8(dense)
@@ -72,6 +78,8 @@ def build_contenders(folder: str, teacher: str | None, device: str) -> Iterator[
         yield LeftOut("dynamic int8", "it runs on CPUs alone")
         yield LeftOut("onnxruntime int8", "it runs on CPUs alone here")
     yield _torch_contender("fiftyfold", packed.to(device))
+    if compiled:
+        yield _compiled("fiftyfold", packed, device)
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -88,6 +96,19 @@ def resident_bytes(model: nn.Module) -> int:
 
 def _torch_contender(name: str, model: nn.Module) -> Contender:
     return Contender(name, model.eval(), lambda: resident_bytes(model))
+
+
+def _compiled(name: str, model: nn.Module, device: str) -> Contender | LeftOut:
+    """Compile for any number of sentences and tokens; torch compiles anew where there is a single sentence."""
+    name = f"{name}, compiled"
+    compiled: Any = torch.compile(model, dynamic=True)
+    example = {name: torch.ones(2, 8, dtype=torch.int64, device=device) for name in INPUTS}
+    try:
+        with _quiet(), torch.inference_mode():
+            compiled(**example)
+    except Exception as error:  # noqa: BLE001 - a compiler that is missing or fails, in a model of any kind
+        return LeftOut(name, f"torch cannot compile it ({first_line(error)[:120]})")
+    return Contender(name, compiled, lambda: resident_bytes(model))
 
 
 def _exported(folder: str) -> PreTrainedModel:

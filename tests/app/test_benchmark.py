@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification
 import fiftyfold
 from fiftyfold.app import contenders, latency
 from fiftyfold.app.benchmark import Measurement, show
-from fiftyfold.app.contenders import Contender, LeftOut, build_contenders, resident_bytes
+from fiftyfold.app.contenders import INPUTS, Contender, LeftOut, build_contenders, resident_bytes
 from fiftyfold.app.main import main
 from fiftyfold.modules import quantize
 from fiftyfold.modules.quantization.layers import quantized_layers
@@ -70,6 +70,33 @@ def test_without_a_teacher_the_model_itself_is_dense(folder: Path) -> None:
     with torch.no_grad():
         dense, packed = (found.model(input_ids=tokens).logits for found in (first, last))
     assert torch.allclose(dense, packed, atol=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_models_compute_the_same(folder: Path) -> None:
+    found = {each.name: each for each in build_contenders("small", None, "cpu", compiled=True)}
+    assert list(found) == [
+        *("dense float32", "dense float32, compiled", "bfloat16", "dynamic int8", "onnxruntime int8"),
+        *("fiftyfold", "fiftyfold, compiled"),
+    ]
+    batch = {name: torch.arange(3, 15).view(3, 4) if name == "input_ids" else torch.ones(3, 4) for name in INPUTS}
+    for name in ("dense float32", "fiftyfold"):
+        plain, compiled = found[name], found[f"{name}, compiled"]
+        assert isinstance(plain, Contender)
+        assert isinstance(compiled, Contender), compiled
+        assert compiled.weight_bytes() == plain.weight_bytes()
+        with torch.inference_mode():
+            assert torch.allclose(compiled.model(**batch).logits, plain.model(**batch).logits, atol=0.02)
+
+
+def test_a_model_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    assert contenders._compiled("fiftyfold", torch.nn.Linear(1, 1), "cpu") == LeftOut(
+        "fiftyfold, compiled", "torch cannot compile it (no compiler)"
+    )
 
 
 @pytest.mark.slow
