@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--folder", help="the model's folder")
     parser.add_argument("--data", help="TinyStories' sample, WikiText-2's folder, or GLUE's")
     parser.add_argument("--cache", default=None, help="where tokens are kept")
-    parser.add_argument("--device", default="cpu", help="what computes: cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what computes")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--only", help="run cells with this in their name")
     parser.add_argument("--most", type=int, default=10**9, help="run at most so many cells")
@@ -129,8 +129,7 @@ class Study:
         """Compress, score, heal, score."""
         begin = time.monotonic()
         torch.manual_seed(cell.seed)
-        teacher = self.model.teacher.to(self.device)
-        student = copy.deepcopy(teacher).requires_grad_(True)
+        teacher, student = self.model.teacher, copy.deepcopy(self.model.teacher).requires_grad_(True)
         matrices = find_matrices(student)
         if cell.method == OURS:
             how: dict[str, Any] = {"factor_bits": 8, "whole_bits": WHOLE_BITS} if cell.bits == 8 else {}

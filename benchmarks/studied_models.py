@@ -208,9 +208,7 @@ class StudiedClassifier:
         batches = self._batches(1000 + seed, self._budget.steps, self._budget.choosing_batches)
         device = self._place.device
         inputs = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in batches]
-        # Lightning leaves both on the CPU.
-        self.teacher.to(device)
-        student.to(device).eval()
+        student.to(device).eval()  # Lightning leaves it on the CPU
         distances = [(student(**each).logits - self.teacher(**each).logits).square().mean() for each in inputs]
         return float(torch.stack(distances).mean())
 

@@ -50,11 +50,12 @@ def main() -> None:
     row: dict[str, Any] = {
         "model": arguments.model,
         "bits": arguments.bits,
+        "compiled": arguments.compile,
         "path": "torch" if library is None else library.path(),
         **describe(measurements, left_out, "cpu"),
     }
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    same = ("model", "bits", "path", "threads", "machine")
+    same = ("model", "bits", "compiled", "path", "threads", "machine")
     kept = [old for old in kept if any(old[name] != row[name] for name in same)]
     RESULTS.write_text(json.dumps([*kept, row], indent=2) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,15 @@ class LeftOut:
 
 
 def build_contenders(
-    folder: str, teacher: str | None, device: str, *, compiled: bool = False
+    folder: str, teacher: str | None, device: str, *, compiled_for: Sequence[tuple[int, int]] = ()
 ) -> Iterator[Contender | LeftOut]:
-    """Build the models one by one: the one to compare with first, the exported one last.
+    """Build the models one by one: the one to compare with first, the exported one last, each compiled after itself.
 
     Args:
         folder: an exported folder of a transformers model.
         teacher: a folder or hub id to compare with; by default the exported model itself with dense float32 weights.
         device: ``"cpu"`` or ``"cuda"``. The 8-bit peers run on the CPU alone.
-        compiled: build both compiled by torch too, after each.
+        compiled_for: sentences and tokens of the batches that both are compiled for too; none for neither.
 
     Raises:
         FiftyfoldError: if a folder cannot be opened, or the model does not read tokens.
@@ -68,8 +68,8 @@ def build_contenders(
     dense = _dense(folder) if teacher is None else _teacher(teacher, packed)
     name = "dense float32" if teacher is None else "teacher"
     yield _torch_contender(name, dense.to(device))
-    if compiled:
-        yield _compiled(name, dense, device)
+    if compiled_for:
+        yield _compiled(name, dense, device, compiled_for)
     yield _torch_contender("bfloat16", copy.deepcopy(dense).to(torch.bfloat16))
     if device == "cpu":
         yield _dynamic_int8(dense)
@@ -78,8 +78,8 @@ def build_contenders(
         yield LeftOut("dynamic int8", "it runs on CPUs alone")
         yield LeftOut("onnxruntime int8", "it runs on CPUs alone here")
     yield _torch_contender("fiftyfold", packed.to(device))
-    if compiled:
-        yield _compiled("fiftyfold", packed, device)
+    if compiled_for:
+        yield _compiled("fiftyfold", packed, device, compiled_for)
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -98,16 +98,17 @@ def _torch_contender(name: str, model: nn.Module) -> Contender:
     return Contender(name, model.eval(), lambda: resident_bytes(model))
 
 
-def _compiled(name: str, model: nn.Module, device: str) -> Contender | LeftOut:
-    """Compile for any number of sentences and tokens; torch compiles anew where there is a single sentence."""
-    name = f"{name}, compiled"
-    compiled: Any = torch.compile(model, dynamic=True)
-    example = {name: torch.ones(2, 8, dtype=torch.int64, device=device) for name in INPUTS}
+def _compiled(plain: str, model: nn.Module, device: str, sizes: Sequence[tuple[int, int]]) -> Contender | LeftOut:
+    name = f"{plain}, compiled"
     try:
         with _quiet(), torch.inference_mode():
-            compiled(**example)
+            compiled: Any = torch.compile(model, dynamic=True)
+            # A single sentence or token takes a graph of its own all the same, so each size may fail by itself.
+            for size in sizes:
+                compiled(**{kind: torch.ones(size, dtype=torch.int64, device=device) for kind in INPUTS})
     except Exception as error:  # noqa: BLE001 - a compiler that is missing or fails, in a model of any kind
-        return LeftOut(name, f"torch cannot compile it ({first_line(error)[:120]})")
+        reason = getattr(error, "inner_exception", error)
+        return LeftOut(name, f"torch cannot compile it ({first_line(reason)[:120]})")
     return Contender(name, compiled, lambda: resident_bytes(model))
 
 

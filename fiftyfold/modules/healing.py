@@ -228,7 +228,7 @@ def heal(
 
     Args:
         student: the compressed model.
-        teacher: the model that it was made from; frozen in place.
+        teacher: the model that it was made from; frozen in place, and brought to the student's device.
         sequences: text to heal on, [sequences, tokens], on any device.
         steps: optimizer steps of the end-to-end phase.
         block_steps: optimizer steps of the block-wise phase before it.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_without_a_teacher_the_model_itself_is_dense(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_models_compute_the_same(folder: Path) -> None:
-    found = {each.name: each for each in build_contenders("small", None, "cpu", compiled=True)}
+    found = {each.name: each for each in build_contenders("small", None, "cpu", compiled_for=[(3, 4)])}
     assert list(found) == [
         *("dense float32", "dense float32, compiled", "bfloat16", "dynamic int8", "onnxruntime int8"),
         *("fiftyfold", "fiftyfold, compiled"),
@@ -89,12 +90,24 @@ def test_compiled_models_compute_the_same(folder: Path) -> None:
             assert torch.allclose(compiled.model(**batch).logits, plain.model(**batch).logits, atol=0.02)
 
 
-def test_a_model_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**_: object) -> None:
-        raise RuntimeError("no compiler\nand more")
+class BackendError(RuntimeError):
+    """As torch raises it: its own first line names the backend alone."""
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    assert contenders._compiled("fiftyfold", torch.nn.Linear(1, 1), "cpu") == LeftOut(
+    inner_exception = RuntimeError("no compiler\nand more")
+
+
+def fail(*_: object, **__: object) -> Any:
+    raise BackendError("backend='inductor' raised:")
+
+
+def fail_for_a_single_sentence(model: torch.nn.Module, **_: object) -> Any:
+    return lambda input_ids, **__: fail() if len(input_ids) == 1 else model(input_ids.float())
+
+
+@pytest.mark.parametrize("compile_model", [fail, fail_for_a_single_sentence])
+def test_a_model_that_cannot_be_compiled_is_left_out(compile_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", compile_model)
+    assert contenders._compiled("fiftyfold", torch.nn.Linear(8, 1), "cpu", [(2, 8), (1, 8)]) == LeftOut(
         "fiftyfold, compiled", "torch cannot compile it (no compiler)"
     )
 

@@ -98,7 +98,8 @@ static inline void fetch_outputs(const UnitWork& work, int64_t row, int64_t rows
   }
 }
 
-// Sums that are computed and not yet outputs: they become outputs bit by bit, while tiles are multiplied, by other pipes.
+// Sums that are computed and not yet outputs: they become outputs bit by bit while tiles are multiplied, by other
+// pipes.
 struct Unfinished {
   const UnitWork& work;
   int64_t output, outputs, group;

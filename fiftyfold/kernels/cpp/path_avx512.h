@@ -264,7 +264,8 @@ FF_AVX512 static void multiply(const UnitWork& work) {
 
 // Codes of 64 entries at once, by the scale's reciprocal: a division takes twice the time of all the rest. Where a
 // product comes so near to the middle between two codes that its quotient might lie beyond it, all 64 are divided:
-// product and quotient, of at most 128.5, differ by three roundings, some 2.3e-5.
+// product and quotient, of at most 128.5, differ by three roundings, some 2.3e-5. The reciprocal is never infinite or
+// denormal, for a scale lies between FLT_MIN and FLT_MAX / 7.
 struct ManyCodes {
   FF_AVX512 static int32_t write(const float* x, int64_t n, float scale, Bounds bounds, int8_t* codes) {
     constexpr int kAtOnce = 64;

@@ -19,7 +19,9 @@ static inline __m512i ff_cvtps_epi32(__m512 a) {
   float from[16];
   int32_t lanes[16];
   _mm512_storeu_ps(from, a);
-  for (int i = 0; i < 16; i++) lanes[i] = std::fabs(from[i]) < 2147483648.0f ? static_cast<int32_t>(std::lrintf(from[i])) : INT32_MIN;
+  for (int i = 0; i < 16; i++) {
+    lanes[i] = std::fabs(from[i]) < 2147483648.0f ? static_cast<int32_t>(std::lrintf(from[i])) : INT32_MIN;
+  }
   return _mm512_loadu_si512(lanes);
 }
 #define _mm512_cvtepi32_ps(a) ff_cvtepi32_ps(a)
