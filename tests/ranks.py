@@ -11,27 +11,31 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 
 RANKS = 2
+_PRELOADED = ["tests.cases", "tests.strangers"]
 _SECONDS = 240
 
 
 def run_on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> list[Any]:
     """Call ``function(*arguments)`` in ``ranks`` new processes and return what each returned, by rank.
 
-    The processes are forked, so that they need not import anything again; they find each other through the variables
-    that torchrun sets, and a Trainer inside takes them for its own.
+    They find each other through the variables that torchrun sets, and a Trainer inside takes them for its own. They are
+    forked from a process that has imported everything and done nothing: torch refuses gradients in one that is forked
+    after threads of its own, as builds for GPUs may start them.
     """
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs fork")
-    context = multiprocessing.get_context("fork")
-    port = free_port()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    port, call = free_port(), cloudpickle.dumps((function, arguments))
     processes, ends = [], []
     for rank in range(ranks):
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(function, arguments, rank, ranks, port, there))
+        process = context.Process(target=_run, args=(call, rank, ranks, port, there))
         process.start()
         there.close()
         processes.append(process)
@@ -72,7 +76,7 @@ def _receive(ends: list[Connection]) -> dict[int, tuple[bool, Any]]:
     return results
 
 
-def _run(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int, end: Any) -> None:
+def _run(call: bytes, rank: int, ranks: int, port: int, end: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -84,7 +88,9 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ra
         TORCHELASTIC_RUN_ID="test",
     )
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     try:
+        function, arguments = cloudpickle.loads(call)
         end.send_bytes(pickle.dumps((True, function(*arguments))))
     except BaseException:  # noqa: BLE001
         end.send_bytes(pickle.dumps((False, traceback.format_exc())))
