@@ -183,7 +183,7 @@ int main(int count, char** arguments) {
         failures += !check_linear({tokens, 16384, 17, 1, bits, 8, true, false, false, false, false, true, false});
         failures += !check_linear({tokens, 16384, 65, 1, bits, 16, false, false, false, false, false, true, false});
       }
-      // More inputs than are multiplied at once, for more rows than that.
+      // Long rows, and more of them than a pair of tiles takes.
       failures += !check_linear({70, 2 * 2090, 81, 2, bits, 8, false, true, false, false, false, false, true});
       failures += !check_linear({37, 2100, 64, 1, bits, 16, false, true, false, false, false, false, false});
     }
