@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("model", choices=CONFIGURATIONS)
     parser.add_argument("--bits", type=int, default=1, choices=(1, 2))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="time both as torch.compile makes them too")
+    parser.add_argument("--compile", action="store_true", help="time both as `fiftyfold compile` makes them too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

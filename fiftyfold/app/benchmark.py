@@ -59,7 +59,7 @@ def benchmark(
         shapes: sizes of a batch as SENTENCESxTOKENS, with commas between.
         threads: threads of the CPU; torch's choice if left out.
         device: cpu or cuda.
-        compile: time it and what it replaces as torch.compile makes them too; compiling takes a minute, or some.
+        compile: time it and what it replaces as `fiftyfold compile` makes them too; that takes a minute or some.
         output: a JSON file to write the figures to; must not exist.
     """
     sizes = [_parse(shape.strip()) for shape in shapes.split(",")]
@@ -90,7 +90,7 @@ def measure(
     latencies: dict[str, dict[str, float]] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task("building the models", total=5 + 2 * compiled + len(sizes))
-        for built in build_contenders(folder, teacher, device, compiled_for=sizes if compiled else ()):
+        for built in build_contenders(folder, teacher, device, compiled=compiled):
             (contenders if isinstance(built, Contender) else left_out).append(built)  # type: ignore[arg-type]
             progress.update(task, advance=1, description=f"built {built.name}")
         models = {contender.name: contender.model for contender in contenders}

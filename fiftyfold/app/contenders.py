@@ -9,7 +9,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.kernels.prepacked import prepacked_bytes
-from fiftyfold.modules import load
+from fiftyfold.modules import compile_model, load
 from fiftyfold.modules.quantization.layers import remove_quantization
 
 INPUTS = ("input_ids", "attention_mask")
@@ -51,7 +51,7 @@ class LeftOut:
 
 
 def build_contenders(
-    folder: str, teacher: str | None, device: str, *, compiled_for: Sequence[tuple[int, int]] = ()
+    folder: str, teacher: str | None, device: str, *, compiled: bool = False
 ) -> Iterator[Contender | LeftOut]:
     """Build the models one by one: the one to compare with first, the exported one last, each compiled after itself.
 
@@ -59,17 +59,17 @@ def build_contenders(
         folder: an exported folder of a transformers model.
         teacher: a folder or hub id to compare with; by default the exported model itself with dense float32 weights.
         device: ``"cpu"`` or ``"cuda"``. The 8-bit peers run on the CPU alone.
-        compiled_for: sentences and tokens of the batches that both are compiled for too; none for neither.
+        compiled: whether to compile both too.
 
     Raises:
         FiftyfoldError: if a folder cannot be opened, or the model does not read tokens.
     """
-    packed = _exported(folder)
+    packed = open_exported(folder)
     dense = _dense(folder) if teacher is None else _teacher(teacher, packed)
     name = "dense float32" if teacher is None else "teacher"
     yield _torch_contender(name, dense.to(device))
-    if compiled_for:
-        yield _compiled(name, dense, device, compiled_for)
+    if compiled:
+        yield _compiled(name, dense)
     yield _torch_contender("bfloat16", copy.deepcopy(dense).to(torch.bfloat16))
     if device == "cpu":
         yield _dynamic_int8(dense)
@@ -78,8 +78,8 @@ def build_contenders(
         yield LeftOut("dynamic int8", "it runs on CPUs alone")
         yield LeftOut("onnxruntime int8", "it runs on CPUs alone here")
     yield _torch_contender("fiftyfold", packed.to(device))
-    if compiled_for:
-        yield _compiled("fiftyfold", packed, device, compiled_for)
+    if compiled:
+        yield _compiled("fiftyfold", packed)
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -98,25 +98,26 @@ def _torch_contender(name: str, model: nn.Module) -> Contender:
     return Contender(name, model.eval(), lambda: resident_bytes(model))
 
 
-def _compiled(plain: str, model: nn.Module, device: str, sizes: Sequence[tuple[int, int]]) -> Contender | LeftOut:
+def _compiled(plain: str, model: Any) -> Contender | LeftOut:
     name = f"{plain}, compiled"
     try:
-        with _quiet(), torch.inference_mode():
-            compiled: Any = torch.compile(model, dynamic=True)
-            # A single sentence or token takes a graph of its own all the same, so each size may fail by itself.
-            for size in sizes:
-                compiled(**{kind: torch.ones(size, dtype=torch.int64, device=device) for kind in INPUTS})
-    except Exception as error:  # noqa: BLE001 - a compiler that is missing or fails, in a model of any kind
-        reason = getattr(error, "inner_exception", error)
-        return LeftOut(name, f"torch cannot compile it ({first_line(reason)[:120]})")
-    return Contender(name, compiled, lambda: resident_bytes(model))
+        with tempfile.TemporaryDirectory() as place:
+            program = Path(place) / "program.pt2"
+            return Contender(name, compile_model(model, program), program.stat().st_size.__int__)
+    except FiftyfoldError as error:
+        return LeftOut(name, str(error).rstrip("."))
 
 
-def _exported(folder: str) -> PreTrainedModel:
+def open_exported(folder: str) -> PreTrainedModel:
+    """Open an exported folder of a model that reads tokens.
+
+    Raises:
+        FiftyfoldError: if it cannot be opened or holds another model.
+    """
     model = load(folder)
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise FiftyfoldError(
-            f"{folder} holds a {type(model).__name__}, which does not read tokens; only such are timed."
+            f"{folder} holds a {type(model).__name__}, which does not read tokens; only such are timed and compiled."
         )
     return model
 

@@ -79,6 +79,7 @@ def _interrupted() -> int:
 def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.augment import augment
     from fiftyfold.app.benchmark import benchmark
+    from fiftyfold.app.compile import compile_command
     from fiftyfold.app.compress import compress
     from fiftyfold.app.evaluate import evaluate
     from fiftyfold.app.export import export
@@ -100,6 +101,7 @@ def _own_commands() -> dict[str, Callable[..., object]]:
         "profile": profile,
         "report": report,
         "benchmark": benchmark,
+        "compile": compile_command,
         "kernels": kernels,
     }
 

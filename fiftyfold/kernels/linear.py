@@ -104,7 +104,7 @@ def _quantize_tokens(
         largest = token_magnitudes(rows)
         codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
     else:
-        largest = largest.float().expand(len(rows), 1)
+        largest = largest.float().expand(rows.shape[0], 1)
         codes = symmetric_codes(rows, scale := symmetric_scale(largest, bits, full_range), bits, full_range)
         largest = largest + codes.sum(dim=1, keepdim=True)  # not a number if one of them is not
     return codes, scale.masked_fill(~largest.isfinite(), torch.nan)
@@ -132,14 +132,14 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         x: int8, (rows, inputs).
         codes: int8, (outputs, inputs).
     """
-    if not len(x):
+    if not x.shape[0]:
         return torch.zeros(0, len(codes), device=x.device)
     # With one input, torch 2.13 misreads the strides on CPUs and gives wrong products.
     if x.device.type == "cpu" and x.shape[1] > 1 and int8_product_is_exact():
         return torch._int_mm(x, codes.t()).float()
     if x.device.type == "cuda" and not any(size % _CUDA_MULTIPLE for size in codes.shape):
-        padded = F.pad(x, (0, 0, 0, max(0, _CUDA_ROWS - len(x))))
-        return torch._int_mm(padded, codes.t())[: len(x)].float()
+        padded = F.pad(x, (0, 0, 0, max(0, _CUDA_ROWS - x.shape[0])))
+        return torch._int_mm(padded, codes.t())[: x.shape[0]].float()
     return x.float() @ codes.t().float()
 
 

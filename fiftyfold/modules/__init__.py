@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fiftyfold.modules.fine_tuning import FineTuningModule
     from fiftyfold.modules.healing import heal
     from fiftyfold.modules.healing_module import HealingModule
+    from fiftyfold.modules.packed.ahead_of_time import compile_model, load_compiled
     from fiftyfold.modules.packed.export import export
     from fiftyfold.modules.packed.load import load
     from fiftyfold.modules.text_module import LanguageModelingModule
@@ -31,9 +32,11 @@ _HOMES = {
     "FineTuningModule": "fine_tuning",
     "HealingModule": "healing_module",
     "LanguageModelingModule": "text_module",
+    "compile_model": "packed.ahead_of_time",
     "export": "packed.export",
     "heal": "healing",
     "load": "packed.load",
+    "load_compiled": "packed.ahead_of_time",
     "load_from_checkpoint": "checkpoint",
 }
 
@@ -42,10 +45,12 @@ __all__ = [
     "FineTuningModule",
     "HealingModule",
     "LanguageModelingModule",
+    "compile_model",
     "compress_matrices",
     "export",
     "heal",
     "load",
+    "load_compiled",
     "load_from_checkpoint",
     "prune_layers",
     "quantize",

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def test_without_a_teacher_the_model_itself_is_dense(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_models_compute_the_same(folder: Path) -> None:
-    found = {each.name: each for each in build_contenders("small", None, "cpu", compiled_for=[(3, 4)])}
+    found = {each.name: each for each in build_contenders("small", None, "cpu", compiled=True)}
     assert list(found) == [
         *("dense float32", "dense float32, compiled", "bfloat16", "dynamic int8", "onnxruntime int8"),
         *("fiftyfold", "fiftyfold, compiled"),
@@ -85,31 +84,35 @@ def test_compiled_models_compute_the_same(folder: Path) -> None:
         plain, compiled = found[name], found[f"{name}, compiled"]
         assert isinstance(plain, Contender)
         assert isinstance(compiled, Contender), compiled
-        assert compiled.weight_bytes() == plain.weight_bytes()
+        assert compiled.weight_bytes() > plain.weight_bytes(), "a program holds the weights"
         with torch.inference_mode():
             assert torch.allclose(compiled.model(**batch).logits, plain.model(**batch).logits, atol=0.02)
 
 
-class BackendError(RuntimeError):
-    """As torch raises it: its own first line names the backend alone."""
+def test_a_model_that_cannot_be_compiled_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nand more")
 
-    inner_exception = RuntimeError("no compiler\nand more")
-
-
-def fail(*_: object, **__: object) -> Any:
-    raise BackendError("backend='inductor' raised:")
-
-
-def fail_for_a_single_sentence(model: torch.nn.Module, **_: object) -> Any:
-    return lambda input_ids, **__: fail() if len(input_ids) == 1 else model(input_ids.float())
+    monkeypatch.setattr(torch.export, "export", fail)
+    reason = "torch cannot compile BertForSequenceClassification (no compiler)"
+    left_out = [each for each in build_contenders("small", None, "cpu", compiled=True) if isinstance(each, LeftOut)]
+    assert LeftOut("dense float32, compiled", reason) in left_out
+    assert LeftOut("fiftyfold, compiled", reason) in left_out
 
 
-@pytest.mark.parametrize("compile_model", [fail, fail_for_a_single_sentence])
-def test_a_model_that_cannot_be_compiled_is_left_out(compile_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", compile_model)
-    assert contenders._compiled("fiftyfold", torch.nn.Linear(8, 1), "cpu", [(2, 8), (1, 8)]) == LeftOut(
-        "fiftyfold, compiled", "torch cannot compile it (no compiler)"
-    )
+@pytest.mark.slow
+def test_a_folder_is_compiled(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "small", "small.pt2"]) == 0
+    size = (folder / "small.pt2").stat().st_size
+    assert f"small.pt2: {size:,} bytes, tried and equal to the model" in capsys.readouterr().out
+    tokens = torch.arange(3, 15).view(3, 4)
+    with torch.inference_mode():
+        found, expected = fiftyfold.load_compiled("small.pt2")(tokens), fiftyfold.load("small")(tokens)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-3)
+    assert main(["compile", "small", "small.pt2"]) == 1
+    assert "small.pt2 exists already; name another file." in capsys.readouterr().err
+    assert main(["compile", "teacher", "other.pt2"]) == 1
+    assert "not a folder that fiftyfold exported" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -140,6 +140,23 @@ def test_packed_layers_are_exported_and_come_back():
     assert len(file.getvalue()) < 96 * 64 + 50_000
 
 
+@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("activation", [None, ActivationSettings(), ActivationSettings(range="static")])
+def test_a_layer_of_any_kind_is_exported_for_any_number_of_tokens(bits, activation):
+    linear = nn.Linear(96, 64)
+    activate(linear, LayerSettings(WeightSettings(bits), activation))
+    if activation is not None and activation.range == "static":
+        linear.train()(torch.randn(4, 96))
+    model = pack_layer("layer", linear.eval(), packed_entry(linear))
+    model.forget_codes()  # as of a folder that was just opened
+    prepare_layers(model)
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 6, 96),), dynamic_shapes=dynamic).module()
+        longer = torch.randn(5, 9, 96)
+        assert torch.equal(program(longer), model(longer))
+
+
 def test_an_arranged_weight_takes_its_bits():
     library()
     for bits in (1, 2):

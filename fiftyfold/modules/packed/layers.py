@@ -197,6 +197,8 @@ class PackedLinear(PackedLayer):
         settings = self.settings.activation
         if current_path() == "integer" and settings is not None and settings.symmetric:
             self.arranged()
+        else:
+            self.codes()
 
     def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
         if current_path() == "reference" or not settings.symmetric:

@@ -222,7 +222,7 @@ def look_up(tokens: torch.Tensor, cores: Cores) -> torch.Tensor:
         state = state @ chosen
         width *= columns
         state = state.reshape(state.shape[0], width, right)
-    return state.squeeze(2).expand(len(tokens), width)
+    return state.squeeze(2).expand(tokens.shape[0], width)
 
 
 _NETWORKS: dict[type[nn.Module], type[TensorNetworkLayer]] = {

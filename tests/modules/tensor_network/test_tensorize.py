@@ -99,6 +99,16 @@ def test_a_number_beyond_the_table_is_an_error(number):
         model(torch.tensor([3, number]))
 
 
+def test_a_network_of_rows_is_exported_for_any_number_of_tokens():
+    model = nn.Sequential(nn.Embedding(20, 12))
+    tensorize(model, 2, 2, targets=".")
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.zeros(2, 8, dtype=torch.long),), dynamic_shapes=dynamic).module()
+        longer = torch.randint(0, 20, (5, 9))
+        assert torch.equal(program(longer), model(longer))
+
+
 def test_inputs_without_entries():
     model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 8))
     tensorize(model, 3, 2, targets=".")
