@@ -52,7 +52,7 @@ class ProgramFacts:
         words: entries of the vocabulary.
         torch: the version that compiled it.
         instructions: what the processor that compiled it could do.
-        sample: tokens of two sentences.
+        sample: tokens of two sentences without padding.
         outputs: the first numbers that the model gave for them.
     """
 
@@ -210,7 +210,7 @@ def _check_model(model: Any) -> None:
 def _compile(model: PreTrainedModel, package: Path) -> None:
     example = _batch(model, _SIZES[0])
     # The first call keeps what a layer makes once, which a program then holds.
-    outputs = model(**example)
+    outputs = model(**example | {"attention_mask": torch.ones_like(example["attention_mask"])})
     free = dict.fromkeys(range(2), torch.export.Dim.DYNAMIC)
     config = model.config.get_text_config()
     facts = ProgramFacts(

@@ -78,6 +78,13 @@ def test_tokens_may_be_of_any_integer_type_and_lie_anywhere(place: Path) -> None
     assert torch.equal(compiled(wide).logits, expected)
 
 
+@torch.inference_mode()
+def test_its_sample_is_what_the_model_computes_without_padding(place: Path) -> None:
+    facts = load_compiled(place / PROGRAM).facts
+    expected = fiftyfold.load(place / EXPORTED)(torch.tensor(facts.sample)).logits.flatten()
+    assert torch.allclose(torch.tensor(facts.outputs), expected, rtol=0, atol=1e-7)
+
+
 def test_another_process_needs_the_file_alone(place: Path, tmp_path: Path) -> None:
     tokens = inputs()["input_ids"]
     script = (
