@@ -38,6 +38,31 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def created_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside ``path`` that gets this name when the block ends well, and else disappears.
+
+    Of several processes that create one file, the first to end has it.
+
+    Args:
+        path: the file; its folder exists.
+
+    Raises:
+        FileExistsError: if there is such a file by then; it stays as it is.
+        OSError: if the disk refuses.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with aside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until the disk holds a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

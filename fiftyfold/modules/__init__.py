@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from fiftyfold.modules.fine_tuning import FineTuningModule
     from fiftyfold.modules.healing import heal
     from fiftyfold.modules.healing_module import HealingModule
-    from fiftyfold.modules.packed.ahead_of_time import compile_model, load_compiled
+    from fiftyfold.modules.packed.ahead_of_time import compile_model
+    from fiftyfold.modules.packed.compiled_program import load_compiled
     from fiftyfold.modules.packed.export import export
     from fiftyfold.modules.packed.load import load
     from fiftyfold.modules.text_module import LanguageModelingModule
@@ -36,7 +37,7 @@ _HOMES = {
     "export": "packed.export",
     "heal": "healing",
     "load": "packed.load",
-    "load_compiled": "packed.ahead_of_time",
+    "load_compiled": "packed.compiled_program",
     "load_from_checkpoint": "checkpoint",
 }
 

@@ -84,9 +84,10 @@ def test_compiled_models_compute_the_same(folder: Path) -> None:
         plain, compiled = found[name], found[f"{name}, compiled"]
         assert isinstance(plain, Contender)
         assert isinstance(compiled, Contender), compiled
-        assert compiled.weight_bytes() > plain.weight_bytes(), "a program holds the weights"
         with torch.inference_mode():
             assert torch.allclose(compiled.model(**batch).logits, plain.model(**batch).logits, atol=0.02)
+    files = [found[f"{name}, compiled"].weight_bytes() for name in ("fiftyfold", "dense float32")]  # type: ignore[union-attr]
+    assert files[0] < files[1]
 
 
 def test_a_model_that_cannot_be_compiled_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def test_a_model_that_cannot_be_compiled_is_left_out(folder: Path, monkeypatch: 
 def test_a_folder_is_compiled(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "small", "small.pt2"]) == 0
     size = (folder / "small.pt2").stat().st_size
-    assert f"small.pt2: {size:,} bytes, tried and equal to the model" in capsys.readouterr().out
+    assert f"small.pt2: {size:,} bytes, compared with the model;" in capsys.readouterr().out
     tokens = torch.arange(3, 15).view(3, 4)
     with torch.inference_mode():
         found, expected = fiftyfold.load_compiled("small.pt2")(tokens), fiftyfold.load("small")(tokens)
