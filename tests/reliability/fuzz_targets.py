@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import FineTuningModule, export, load, quantize, reduce_layers, tensorize
 from fiftyfold.modules.fine_tuning import load_classifier
 from fiftyfold.modules.packed.load import fill, read_manifest
+from fiftyfold.modules.packed.program_facts import ProgramFacts, read_facts
 from fiftyfold.modules.packed.weights_file import check_digest, read_headers, read_tensors
 from fiftyfold.modules.structure import STATE_KEY, decode_log, encode_log, replay, structure_log
 from tests.modules.packed.examples import Encoder, quantized, tiny_tokenizer
@@ -357,6 +359,48 @@ def _read_recipe(folder: Path) -> object:
         return parse_trainer_command(["fit", "--config", str(folder / "recipe.yaml"), *words])
 
 
+# --- compiled programs
+
+_FACTS = "small/data/aotinductor/model/x.wrapper_metadata.json"
+
+
+def _program_archive(metadata: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("small/data/aotinductor/model/x.wrapper.so", b"machine code")
+        archive.writestr(_FACTS, json.dumps(metadata))
+    return buffer.getvalue()
+
+
+def _programs(_: Path) -> list[bytes]:
+    facts = ProgramFacts(
+        model="BertModel",
+        device="cpu",
+        inputs=["input_ids", "attention_mask"],
+        longest=40,
+        words=100,
+        types=0,
+        output_module="transformers.modeling_outputs",
+        torch="2.13.0",
+        library=True,
+        instructions=["avx2"],
+        sample=[[1, 2], [3, 4]],
+        outputs=[0.5, -1.5],
+    )
+    return [_program_archive(facts.to_metadata()), _program_archive({"AOTI_DEVICE_KEY": "cpu"})]
+
+
+def _mutate_program(data: bytes, source: random.Random, limit: int) -> bytes:
+    """Change a fact within its string within the file, or the file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            metadata = json.loads(archive.read(_FACTS))
+        changed = metadata | {"fiftyfold": mutate_json(metadata["fiftyfold"].encode(), source, limit).decode("latin1")}
+    except Exception:  # noqa: BLE001 - what earlier mutations left is no program any more
+        return mutate_zip(data, source, limit)
+    return mutate_zip(data, source, limit) if source.random() < 0.3 else _program_archive(changed)[:limit]
+
+
 TARGETS: tuple[Target, ...] = (
     Target("data, TSV", _rows("tsv"), _read_data("tsv"), weight=30),
     Target("data, TSV of pairs with scores", _pairs, _read_data("tsv", "stsb"), weight=20),
@@ -452,6 +496,13 @@ TARGETS: tuple[Target, ...] = (
         weight=20,
     ),
     Target("report", _report_rows, _written("fiftyfold_report.json", read_rows), mutate_json, weight=20),
+    Target(
+        "compiled program",
+        _programs,
+        _written("small.pt2", lambda f: read_facts(f / "small.pt2")),
+        _mutate_program,
+        weight=20,
+    ),
     Target("structure log in a checkpoint", _logs, _replay_log, mutate_json, weight=8),
     Target("checkpoint file", _checkpoints, _written("input.ckpt", _read_checkpoint), mutate_zip, weight=20),
     Target("entries of a checkpoint", _entries, _read_entries, mutate_json, weight=10, longest=60_000),

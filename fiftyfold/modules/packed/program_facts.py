@@ -114,5 +114,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, EOFError) as error:
         raise FiftyfoldError(f"{path} is corrupt ({error}); compile the model again.") from error
+    except OSError as error:  # a directory of the archive that points before the file's beginning is one
+        raise FiftyfoldError(f"{path} cannot be read ({error}); compile the model again.") from error
     except (StopIteration, KeyError, TypeError, ValueError, RuntimeError) as error:  # RecursionError is one of the last
         raise FiftyfoldError(f"{path} is not a program that fiftyfold compiled.") from error
