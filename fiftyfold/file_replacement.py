@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,16 +26,8 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     """
     for left_over in path.parent.glob(f".{escaped(path.name)}.*.tmp"):
         left_over.unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _beside(path, os.replace) as file:
+        yield file
 
 
 @contextmanager
@@ -51,13 +43,19 @@ def created_file(path: Path) -> Iterator[BinaryIO]:
         FileExistsError: if there is such a file by then; it stays as it is.
         OSError: if the disk refuses.
     """
+    with _beside(path, os.link) as file:
+        yield file
+
+
+@contextmanager
+def _beside(path: Path, give_name: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with aside.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.link(aside, path)
+        give_name(aside, path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
