@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fiftyfold.app.contenders import open_exported
-from fiftyfold.modules import compile_model
+from fiftyfold.modules import compile_model, load
 
 
 def compile_command(folder: str, output: str) -> None:
@@ -20,7 +19,7 @@ def compile_command(folder: str, output: str) -> None:
         folder: what `fiftyfold compress`, `fiftyfold export` or fiftyfold.export wrote.
         output: file to write; must end in .pt2 and not exist.
     """
-    model = open_exported(folder)
+    model = load(folder)
     with Console().status("compiling, which takes half a minute or some"):
         compile_model(model, output)
     size = Path(output).expanduser().stat().st_size

@@ -64,7 +64,7 @@ def build_contenders(
     Raises:
         FiftyfoldError: if a folder cannot be opened, or the model does not read tokens.
     """
-    packed = open_exported(folder)
+    packed = _exported(folder)
     dense = _dense(folder) if teacher is None else _teacher(teacher, packed)
     name = "dense float32" if teacher is None else "teacher"
     yield _torch_contender(name, dense.to(device))
@@ -98,7 +98,7 @@ def _torch_contender(name: str, model: nn.Module) -> Contender:
     return Contender(name, model.eval(), lambda: resident_bytes(model))
 
 
-def _compiled(plain: str, model: Any) -> Contender | LeftOut:
+def _compiled(plain: str, model: nn.Module) -> Contender | LeftOut:
     name = f"{plain}, compiled"
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -108,16 +108,11 @@ def _compiled(plain: str, model: Any) -> Contender | LeftOut:
         return LeftOut(name, str(error).rstrip("."))
 
 
-def open_exported(folder: str) -> PreTrainedModel:
-    """Open an exported folder of a model that reads tokens.
-
-    Raises:
-        FiftyfoldError: if it cannot be opened or holds another model.
-    """
+def _exported(folder: str) -> PreTrainedModel:
     model = load(folder)
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise FiftyfoldError(
-            f"{folder} holds a {type(model).__name__}, which does not read tokens; only such are timed and compiled."
+            f"{folder} holds a {type(model).__name__}, which does not read tokens; only such are timed."
         )
     return model
 

@@ -42,7 +42,7 @@ _SIZES = (_TRACED, (1, 8), (3, 5), (2, 1), (1, 1))
 _LONGEST_TRIED = 512
 
 
-def compile_model(model: PreTrainedModel, file: str | os.PathLike[str]) -> CompiledModel:
+def compile_model(model: nn.Module, file: str | os.PathLike[str]) -> CompiledModel:
     """Compile a model's forward pass for machines like this one, write it to a file, and load it from there.
 
     It takes half a minute or some, torch 2.13, and a C++ compiler for a model on a CPU. Before the file has its name,
@@ -59,8 +59,7 @@ def compile_model(model: PreTrainedModel, file: str | os.PathLike[str]) -> Compi
     """
     path = Path(file).expanduser()
     _check_place(path)
-    _check_model(model)
-    model.eval()
+    model = _readable(model).eval()
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / path.name
         _compile(model, package)
@@ -101,12 +100,14 @@ def _check_place(path: Path) -> None:
         raise FiftyfoldError(f"nothing can be written to {path.parent}.")
 
 
-def _check_model(model: Any) -> None:
-    readable = isinstance(model, PreTrainedModel) and model.main_input_name == "input_ids"
-    if not readable or model.config.is_encoder_decoder:
-        raise FiftyfoldError(
-            f"only models of transformers that read tokens and nothing else are compiled, not {type(model).__name__}."
-        )
+def _readable(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel) and model.main_input_name == "input_ids":
+        config: Any = model.config
+        if not config.is_encoder_decoder:
+            return model
+    raise FiftyfoldError(
+        f"only models of transformers that read tokens and nothing else are compiled, not {type(model).__name__}."
+    )
 
 
 def _compile(model: PreTrainedModel, package: Path) -> None:

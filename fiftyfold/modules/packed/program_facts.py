@@ -96,7 +96,8 @@ def _checked(content: dict[str, Any]) -> ProgramFacts:
     for name, kind in typing.get_type_hints(ProgramFacts).items():
         if not _fits(getattr(facts, name), kind):
             raise ValueError(f"{name} has another type")
-    if facts.device not in ("cpu", "cuda") or not facts.sample or not facts.sample[0]:
+    lengths = {len(sentence) for sentence in facts.sample}
+    if facts.device not in ("cpu", "cuda") or len(lengths) != 1 or 0 in lengths:
         raise ValueError("a device or sample that is none")
     return facts
 
