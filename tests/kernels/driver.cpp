@@ -181,6 +181,7 @@ int main(int count, char** arguments) {
     for (int bits = 1; bits <= 2; bits++) {
       for (int tokens = 1; tokens <= 8; tokens += 7) {
         failures += !check_linear({tokens, 16384, 17, 1, bits, 8, true, false, false, false, false, true, false});
+        failures += !check_linear({tokens, 16384, 81, 1, bits, 8, true, false, false, false, false, true, false});
         failures += !check_linear({tokens, 16384, 65, 1, bits, 16, false, false, false, false, false, true, false});
       }
       // Long rows, and more of them than a pair of tiles takes.

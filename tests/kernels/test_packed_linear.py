@@ -63,15 +63,27 @@ def test_all_bytes_that_an_arrangement_can_hold(name):
 
 
 @pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("tokens", [95, 96, 97, 200])
-def test_blocks_of_tokens_and_threads_meet_without_a_gap(name, tokens):
+def test_blocks_of_tokens_and_threads_meet_without_a_gap(name, bits, tokens):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 130, generator=generator)
-    codes = random_codes(330, 130, 2, generator)
+    codes = random_codes(330, 130, bits, generator)
     scale = torch.rand(330, 1, generator=generator).half()
     for count in (1, 2, 3):
         with path(name), threads(count):
-            check(x, codes, scale, torch.randn(330, generator=generator), 2)
+            check(x, codes, scale, torch.randn(330, generator=generator), bits)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("tokens, inputs", [(70, 16384), (129, 8192)])
+def test_rows_so_long_that_few_of_their_tables_fit_into_memory(name, tokens, inputs, activation_bits):
+    generator = torch.Generator().manual_seed(0)
+    x, codes = torch.randn(tokens, inputs, generator=generator), random_codes(80, inputs, 1, generator)
+    for count in (1, 2, 3):
+        with path(name), threads(count):
+            check(x, codes, torch.rand(80, 1, generator=generator).half(), None, 1, activation_bits=activation_bits)
 
 
 def test_halves_of_codes_are_rounded_to_even():

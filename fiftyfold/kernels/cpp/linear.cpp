@@ -1,4 +1,6 @@
 // The packed linear layer: how its work is cut into pieces for caches and threads.
+#include <algorithm>
+
 #include "api.h"
 #include "floats.h"
 #include "paths.h"
@@ -12,6 +14,8 @@ namespace {
 constexpr double kSerialProducts = 1.0e6;
 // Tokens for each thread from which on threads share the tokens rather than the outputs.
 constexpr int64_t kTokensToShare = 48;
+// What the tables of tokens that are multiplied together may take: of a thread's second cache, and of what all share.
+constexpr int64_t kTableMemory = 256 * 1024, kSharedTableMemory = 8 << 20;
 // Entries below which one thread quantizes for all.
 constexpr int64_t kSerialEntries = 16384;
 
@@ -20,6 +24,7 @@ struct Tokens {
   int8_t* codes;
   float* scale;
   int32_t* sums;
+  uint8_t* tables;  // or null
   float* outputs;
   float* row;
 };
@@ -31,7 +36,10 @@ class Linear {
         path_(current_path()),
         grid_{call.activation_bits, call.full_range != 0, call.clip, call.largest},
         arrangement_{call.outputs, call.inputs, call.groups, call.weight_bits},
-        type_(static_cast<FloatType>(call.float_type)) {}
+        type_(static_cast<FloatType>(call.float_type)) {
+    const bool tabulates = path_.tabulate && call.weight_bits == 1 && arrangement_.wide_units() > 0;
+    if (tabulates) table_bytes_ = path_.table_bytes(arrangement_.padded_inputs());
+  }
 
   void run() const {
     const double products = static_cast<double>(call_.tokens) * call_.outputs * call_.inputs * grid_.planes();
@@ -49,7 +57,7 @@ class Linear {
  private:
   void run_tokens(int64_t begin, int64_t end) const {
     static thread_local Scratch scratch;
-    const int64_t most = least(path_.tokens_at_once, end - begin);
+    const int64_t most = least(tokens_at_once(), end - begin);
     const Tokens tokens = lay_out(scratch, most);
     for (int64_t first = begin; first < end; first += most) {
       const int64_t last = least(first + most, end);
@@ -60,23 +68,30 @@ class Linear {
 
   void run_outputs(int threads) const {
     static thread_local Scratch scratch;
-    const Tokens tokens = lay_out(scratch, call_.tokens);
-    if (call_.tokens * call_.inputs < kSerialEntries) {
-      for (int64_t token = 0; token < call_.tokens; token++) quantize(tokens, token, token, tokens.row);
+    const int64_t most = least(table_bytes_ ? tokens_within(kSharedTableMemory) : call_.tokens, call_.tokens);
+    const Tokens tokens = lay_out(scratch, most);
+    for (int64_t first = 0; first < call_.tokens; first += most) {
+      share_outputs(tokens, first, least(most, call_.tokens - first), threads);
+    }
+  }
+
+  // All outputs of `count` tokens from `first` on.
+  void share_outputs(const Tokens& tokens, int64_t first, int64_t count, int threads) const {
+    if (count * call_.inputs < kSerialEntries) {
+      for (int64_t token = 0; token < count; token++) quantize(tokens, first + token, token, tokens.row);
     } else {
       auto share = [&](int64_t t) {
         static thread_local Scratch own;
         float* row = reinterpret_cast<float*>(own.reserve(aligned(call_.inputs * 4)));
-        const int64_t end = call_.tokens * (t + 1) / threads;
-        for (int64_t token = call_.tokens * t / threads; token < end; token++) quantize(tokens, token, token, row);
+        const int64_t end = count * (t + 1) / threads;
+        for (int64_t token = count * t / threads; token < end; token++) quantize(tokens, first + token, token, row);
       };
       for_each_task(threads, share);
     }
-    const int64_t units = arrangement_.units(), most = path_.tokens_at_once;
+    const int64_t units = arrangement_.units(), most = tokens_at_once();
     auto share = [&](int64_t t) {
-      for (int64_t first = 0; first < call_.tokens; first += most) {
-        const int64_t count = least(most, call_.tokens - first);
-        multiply(tokens, 0, first, count, units * t / threads, units * (t + 1) / threads);
+      for (int64_t place = 0; place < count; place += most) {
+        multiply(tokens, first, place, least(most, count - place), units * t / threads, units * (t + 1) / threads);
       }
     };
     for_each_task(threads, share);
@@ -85,11 +100,13 @@ class Linear {
   Tokens lay_out(Scratch& scratch, int64_t count) const {
     const size_t codes = aligned(count * row_bytes()), scale = aligned(count * 4);
     const size_t sums = aligned(count * call_.groups * 4);
+    const size_t tables = static_cast<size_t>(count * grid_.planes() * table_bytes_);
     const bool converts = type_ != FloatType::float32;
     const size_t outputs = converts ? aligned(count * call_.outputs * 4) : 0;
-    uint8_t* at = scratch.reserve(codes + scale + sums + outputs + (converts ? aligned(call_.inputs * 4) : 0));
+    uint8_t* at = scratch.reserve(tables + codes + scale + sums + outputs + (converts ? aligned(call_.inputs * 4) : 0));
     Tokens tokens;
-    tokens.codes = reinterpret_cast<int8_t*>(at);
+    tokens.tables = table_bytes_ ? at : nullptr;
+    tokens.codes = reinterpret_cast<int8_t*>(at += tables);
     tokens.scale = reinterpret_cast<float*>(at += codes);
     tokens.sums = reinterpret_cast<int32_t*>(at += scale);
     tokens.outputs = reinterpret_cast<float*>(at += sums);
@@ -107,6 +124,11 @@ class Linear {
     const int64_t padded = arrangement_.group_blocks() * arrangement_.block_inputs();
     path_.quantize(grid_, values, call_.groups, arrangement_.group_inputs(), padded,
                    tokens.codes + place * row_bytes(), tokens.scale + place, tokens.sums + place * call_.groups);
+    if (!tokens.tables) return;
+    for (int64_t row = place * grid_.planes(); row < (place + 1) * grid_.planes(); row++) {
+      const int64_t inputs = arrangement_.padded_inputs();
+      path_.tabulate(tokens.codes + row * inputs, inputs, tokens.tables + row * table_bytes_);
+    }
   }
 
   // Tokens from `place` on in `tokens`, which are those from `first + place` on of the call.
@@ -117,6 +139,8 @@ class Linear {
     UnitWork work;
     work.codes = tokens.codes + place * row_bytes();
     work.stride = arrangement_.padded_inputs();
+    work.tables = tokens.tables ? tokens.tables + place * grid_.planes() * table_bytes_ : nullptr;
+    work.table_stride = table_bytes_;
     work.rows = count * grid_.planes();
     work.planes = grid_.planes();
     work.bits = call_.weight_bits;
@@ -146,6 +170,15 @@ class Linear {
     }
   }
 
+  int64_t tokens_at_once() const {
+    if (!table_bytes_) return path_.tokens_at_once;
+    return least(path_.tokens_at_once, tokens_within(kTableMemory));
+  }
+
+  int64_t tokens_within(int64_t memory) const {
+    return std::max<int64_t>(1, memory / (table_bytes_ * grid_.planes()));
+  }
+
   int64_t row_bytes() const { return arrangement_.padded_inputs() * grid_.planes(); }
 
   const FfLinear& call_;
@@ -153,6 +186,7 @@ class Linear {
   const Grid grid_;
   const Arrangement arrangement_;
   const FloatType type_;
+  int64_t table_bytes_ = 0;  // of a row of codes; none where there are no tables
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 // times input codes (-128 ... 127) lies between -512 and 508, so 64 of them add up in 16 bits without overflow
 // (-32768 ... 32512), whatever the data; then they are widened to 32 bits. Binary codes (0, 1) leave room for twice as
 // many. AVX-VNNI adds four products to 32 bits at once (`vpdpbusd`).
+#include "lookups_x86.h"
 #include "products.h"
 #include "simd_x86.h"
 
@@ -207,6 +208,14 @@ FF_AVX2 static void multiply(const UnitWork& work) {
   work.rows <= kFewRows ? multiply_few<BITS>(work) : multiply_rows<BITS>(work);
 }
 
+#if !FF_VNNI
+FF_AVX2 static void multiply_binary(const UnitWork& work) {
+  if (!work.tables || work.blocks != kUnitBlocks) return multiply<1>(work);
+  int32_t totals[2 * kTokens * kUnitOutputs];
+  lookups::multiply(work, totals);
+}
+#endif
+
 FF_DEFINE_QUANTIZE(FF_AVX2, Codes)
 
 FF_AVX2 static int64_t spin(int64_t rounds) {
@@ -229,7 +238,12 @@ FF_AVX2 static int64_t spin(int64_t rounds) {
 
 #undef FF_AVX2
 
-static const Path kPath{FF_VNNI ? "avxvnni" : "avx2", kTokens, quantize, {multiply<1>, multiply<2>}, spin};
+#if FF_VNNI
+static const Path kPath{"avxvnni", kTokens, quantize, {multiply<1>, multiply<2>}, spin};
+#else
+static const Path kPath{
+    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, lookups::tabulate, lookups::table_bytes};
+#endif
 
 }  // namespace FF_PATH
 }  // namespace fiftyfold

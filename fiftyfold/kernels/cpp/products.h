@@ -9,6 +9,8 @@ namespace fiftyfold {
 struct UnitWork {
   const int8_t* codes;  // rows x stride
   int64_t stride;
+  const uint8_t* tables;  // rows x table_stride, or null
+  int64_t table_stride;
   int64_t rows;
   int planes;  // rows of a token
   int bits;    // of the weight
@@ -110,6 +112,9 @@ struct Path {
                    int8_t* codes, float* scale, int32_t* sums);
   void (*multiply[2])(const UnitWork&);  // binary, ternary
   int64_t (*spin)(int64_t rounds);       // nothing but products, all in registers; how many operations, or null
+  // Tables to multiply binary weights by, and the bytes that a row's take; null where products are quicker.
+  void (*tabulate)(const int8_t* codes, int64_t inputs, uint8_t* tables);
+  int64_t (*table_bytes)(int64_t inputs);
 };
 
 }  // namespace fiftyfold
