@@ -12,10 +12,11 @@ namespace {
 
 // Products below which a second thread costs more than it saves.
 constexpr double kSerialProducts = 1.0e6;
-// Tokens for each thread from which on threads share the tokens rather than the outputs.
-constexpr int64_t kTokensToShare = 48;
-// What the tables of tokens that are multiplied together may take: of a thread's second cache, and of what all share.
-constexpr int64_t kTableMemory = 256 * 1024, kSharedTableMemory = 8 << 20;
+// Tokens for each thread from which on threads share the tokens rather than the outputs: fewer where they would read
+// tables from each other's caches.
+constexpr int64_t kTokensToShare = 48, kTabledTokensToShare = 8;
+// What the tables of tokens that are multiplied together may take of the second cache.
+constexpr int64_t kTableMemory = 256 * 1024;
 // Entries below which one thread quantizes for all.
 constexpr int64_t kSerialEntries = 16384;
 
@@ -46,7 +47,7 @@ class Linear {
     const int threads = products < kSerialProducts ? 1 : thread_count();
     if (threads <= 1) {
       run_tokens(0, call_.tokens);
-    } else if (call_.tokens >= kTokensToShare * threads) {
+    } else if (call_.tokens >= (table_bytes_ ? kTabledTokensToShare : kTokensToShare) * threads) {
       auto share = [&](int64_t t) { run_tokens(call_.tokens * t / threads, call_.tokens * (t + 1) / threads); };
       for_each_task(threads, share);
     } else {
@@ -68,30 +69,23 @@ class Linear {
 
   void run_outputs(int threads) const {
     static thread_local Scratch scratch;
-    const int64_t most = least(table_bytes_ ? tokens_within(kSharedTableMemory) : call_.tokens, call_.tokens);
-    const Tokens tokens = lay_out(scratch, most);
-    for (int64_t first = 0; first < call_.tokens; first += most) {
-      share_outputs(tokens, first, least(most, call_.tokens - first), threads);
-    }
-  }
-
-  // All outputs of `count` tokens from `first` on.
-  void share_outputs(const Tokens& tokens, int64_t first, int64_t count, int threads) const {
-    if (count * call_.inputs < kSerialEntries) {
-      for (int64_t token = 0; token < count; token++) quantize(tokens, first + token, token, tokens.row);
+    const Tokens tokens = lay_out(scratch, call_.tokens);
+    if (call_.tokens * call_.inputs < kSerialEntries) {
+      for (int64_t token = 0; token < call_.tokens; token++) quantize(tokens, token, token, tokens.row);
     } else {
       auto share = [&](int64_t t) {
         static thread_local Scratch own;
         float* row = reinterpret_cast<float*>(own.reserve(aligned(call_.inputs * 4)));
-        const int64_t end = count * (t + 1) / threads;
-        for (int64_t token = count * t / threads; token < end; token++) quantize(tokens, first + token, token, row);
+        const int64_t end = call_.tokens * (t + 1) / threads;
+        for (int64_t token = call_.tokens * t / threads; token < end; token++) quantize(tokens, token, token, row);
       };
       for_each_task(threads, share);
     }
     const int64_t units = arrangement_.units(), most = tokens_at_once();
     auto share = [&](int64_t t) {
-      for (int64_t place = 0; place < count; place += most) {
-        multiply(tokens, first, place, least(most, count - place), units * t / threads, units * (t + 1) / threads);
+      for (int64_t first = 0; first < call_.tokens; first += most) {
+        const int64_t count = least(most, call_.tokens - first);
+        multiply(tokens, 0, first, count, units * t / threads, units * (t + 1) / threads);
       }
     };
     for_each_task(threads, share);
@@ -172,11 +166,7 @@ class Linear {
 
   int64_t tokens_at_once() const {
     if (!table_bytes_) return path_.tokens_at_once;
-    return least(path_.tokens_at_once, tokens_within(kTableMemory));
-  }
-
-  int64_t tokens_within(int64_t memory) const {
-    return std::max<int64_t>(1, memory / (table_bytes_ * grid_.planes()));
+    return least(path_.tokens_at_once, std::max<int64_t>(1, kTableMemory / (table_bytes_ * grid_.planes())));
   }
 
   int64_t row_bytes() const { return arrangement_.padded_inputs() * grid_.planes(); }
