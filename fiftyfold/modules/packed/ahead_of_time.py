@@ -33,6 +33,7 @@ from fiftyfold.modules.packed.compiled_program import (
     output_tensors,
 )
 from fiftyfold.modules.packed.program_facts import ProgramFacts, processor_instructions
+from fiftyfold.modules.packed.shared_inputs import one_product_for_shared_inputs
 
 SUFFIX = ".pt2"
 
@@ -122,7 +123,8 @@ def _compile(model: PreTrainedModel, package: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shapes = dict.fromkeys(example, dict.fromkeys(range(2), torch.export.Dim.DYNAMIC))
-            program = torch.export.export(_Forward(model), (), kwargs=example, dynamic_shapes=shapes)
+            with one_product_for_shared_inputs(model, lambda: output_tensors(_Forward(model)(**example))):
+                program = torch.export.export(_Forward(model), (), kwargs=example, dynamic_shapes=shapes)
             facts = _facts(model, program, unpadded["input_ids"], outputs)
             options = {"cpp.dynamic_threads": True, "aot_inductor.metadata": facts.to_metadata()}
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)

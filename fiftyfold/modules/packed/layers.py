@@ -80,8 +80,17 @@ class PackedLayer(nn.Module):
             FiftyfoldError: if the bytes are none that packing writes.
         """
         if self._codes is None:
-            self._codes = self._unpack()
+            self._codes = self.unpacked()
         return self._codes
+
+    def unpacked(self) -> torch.Tensor:
+        """Return what :meth:`codes` does, and keep nothing.
+
+        Raises:
+            FiftyfoldError: if the bytes are none that packing writes.
+        """
+        codes = unpack_codes(self.weight, self.settings.weight.bits, self.rows * self.columns)
+        return codes.view(self.rows, self.columns)
 
     def arranged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weight and its scales as this device's kernels read them; kept for the next call.
@@ -90,7 +99,7 @@ class PackedLayer(nn.Module):
             FiftyfoldError: if the bytes are none that packing writes.
         """
         if self._arranged is None:
-            codes = self._unpack() if self._codes is None else self._codes
+            codes = self.unpacked() if self._codes is None else self._codes
             self._arranged = arrange_weight(codes, self.weight_scale, self.settings.weight.bits)
         return self._arranged
 
@@ -120,10 +129,6 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_codes": None, "_arranged": None}
-
-    def _unpack(self) -> torch.Tensor:
-        codes = unpack_codes(self.weight, self.settings.weight.bits, self.rows * self.columns)
-        return codes.view(self.rows, self.columns)
 
     def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> list[torch.Tensor]:
         """Return the observed range; a layer that observed nothing takes that of ``x``, as it does untrained."""
