@@ -1,29 +1,17 @@
-// Binary weights times rows of codes by looking sums up, for processors whose products of bytes take two instructions.
-//
-// Four binary codes (0, 1) of an output are an index of four bits, and what they add up to with a row's four input
-// codes is one of 16 sums. `vpshufb` looks up 32 of them at once, and they fit into a byte if an input code is cut in
-// two: code = 16 * high + low, with high in -8 ... 7 and low in 0 ... 15. Sums of four low halves lie in 0 ... 60, those
-// of four high halves plus 32 as well, so that four lookups of each add up in bytes. Then both become 16 bits, 256
-// inputs of which are summed modulo 2**16: the true sum lies in -32768 ... 32512. That takes 20 instructions for what
-// `vpmaddubsw` and `vpaddw` do in 32. The idea of such tables is T-MAC's (arXiv 2407.00088).
-//
-// A *half* is 16 inputs, four indices: index i has the inputs i, i + 4, i + 8 and i + 12, as they lie in a byte's half.
+// Sums looked up by AVX2 (`vpshufb`): 20 instructions for what `vpmaddubsw` and `vpaddw` do in 32.
 #pragma once
-#include "products.h"
+#include "lookups.h"
 #include "simd_x86.h"
 
 namespace fiftyfold {
 namespace lookups {
+namespace avx2 {
 
 #define FF_LOOKUPS FF_TARGET("avx2,f16c")
 
 FF_DEFINE_FINISH(FF_LOOKUPS)
 
-constexpr int64_t kIndices = 4;       // of a half
-constexpr int64_t kTableBytes = 32;   // 16 sums of low halves, then 16 of high ones
-constexpr int64_t kAtOnce = 128;      // inputs whose tables are made together
-constexpr int64_t kPieceHalves = 16;  // between two widenings
-constexpr int64_t kPanelBytes = kPieceHalves * kIndices * kUnitOutputs;
+constexpr int64_t kAtOnce = 128;  // inputs whose tables are made together
 
 inline int64_t table_bytes(int64_t inputs) { return (inputs + kAtOnce - 1) / kAtOnce * (kAtOnce / 4 * kTableBytes); }
 
@@ -93,7 +81,7 @@ FF_LOOKUPS static FF_INLINE void tabulate_some(const int8_t* codes, uint8_t* tab
     high[i] = _mm256_sub_epi8(_mm256_xor_si256(raised, eight), eight);
   }
   write_tables(low, _mm256_setzero_si256(), kOrder, tables);
-  write_tables(high, _mm256_set1_epi8(32), kOrder, tables + 16);
+  write_tables(high, _mm256_set1_epi8(kRaised), kOrder, tables + 16);
 }
 
 FF_LOOKUPS inline void tabulate(const int8_t* codes, int64_t inputs, uint8_t* tables) {
@@ -163,8 +151,7 @@ FF_LOOKUPS static FF_INLINE void add_sums(__m256i& sums, __m256i table, __m256i 
 FF_LOOKUPS static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* panel, int64_t halves, int32_t* totals) {
   const __m256i places = _mm256_set1_epi16(0x1001);  // 1 and 16
   __m256i sums[2][2];
-  // What the 32 in each table adds is taken off beforehand.
-  sums[0][0] = sums[0][1] = sums[1][0] = sums[1][1] = _mm256_set1_epi16(static_cast<int16_t>(-2048 * halves));
+  sums[0][0] = sums[0][1] = sums[1][0] = sums[1][1] = _mm256_set1_epi16(first_sum(halves));
   for (int64_t half = 0; half < halves; half++, tables += kIndices * kTableBytes, panel += kIndices * kUnitOutputs) {
     __m256i low[2], high[2];
 #pragma GCC unroll 4
@@ -192,27 +179,10 @@ FF_LOOKUPS static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* p
   add_widened(totals + 48, sums[1][1]);
 }
 
-// Many rows, whose tables the work has, times 64 outputs.
-FF_LOOKUPS inline void multiply(const UnitWork& work, int32_t* totals) {
-  alignas(32) uint8_t panel[kPanelBytes];
-  constexpr int64_t kPieceBlocks = kPieceHalves / 2;
-  const int64_t step = work.blocks * kBlockBytes;
-  for (int64_t group = 0; group < work.groups; group++) {
-    const int64_t first = group * work.group_blocks;
-    std::memset(totals, 0, static_cast<size_t>(work.rows * kUnitOutputs) * sizeof *totals);
-    for (int64_t block = first; block < first + work.group_blocks; block += kPieceBlocks) {
-      const int64_t blocks = least(kPieceBlocks, first + work.group_blocks - block);
-      unpack(work.weight + block * step, step, blocks, panel);
-      const uint8_t* tables = work.tables + 2 * block * kIndices * kTableBytes;
-      for (int64_t row = 0; row < work.rows; row++) {
-        add_row(tables + row * work.table_stride, panel, 2 * blocks, totals + row * kUnitOutputs);
-      }
-    }
-    finish(work, totals, kUnitOutputs, 0, work.rows, 0, work.outputs, group);
-  }
-}
+FF_DEFINE_LOOKUPS(FF_LOOKUPS)
 
 #undef FF_LOOKUPS
 
+}  // namespace avx2
 }  // namespace lookups
 }  // namespace fiftyfold

@@ -212,7 +212,7 @@ FF_AVX2 static void multiply(const UnitWork& work) {
 FF_AVX2 static void multiply_binary(const UnitWork& work) {
   if (!work.tables || work.blocks != kUnitBlocks) return multiply<1>(work);
   int32_t totals[2 * kTokens * kUnitOutputs];
-  lookups::multiply(work, totals);
+  lookups::avx2::multiply(work, totals);
 }
 #endif
 
@@ -242,7 +242,7 @@ FF_AVX2 static int64_t spin(int64_t rounds) {
 static const Path kPath{"avxvnni", kTokens, quantize, {multiply<1>, multiply<2>}, spin};
 #else
 static const Path kPath{
-    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, lookups::tabulate, lookups::table_bytes};
+    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, lookups::avx2::tabulate, lookups::avx2::table_bytes};
 #endif
 
 }  // namespace FF_PATH

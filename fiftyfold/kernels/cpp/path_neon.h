@@ -2,6 +2,7 @@
 // namespace, and FF_DOT tells which.
 #include <arm_neon.h>
 
+#include "lookups_neon.h"
 #include "products.h"
 
 namespace fiftyfold {
@@ -87,11 +88,27 @@ FF_NEON static void multiply(const UnitWork& work) {
   }
 }
 
+constexpr int64_t kTokens = 48;
+
+#if !FF_DOT
+static void multiply_binary(const UnitWork& work) {
+  if (!work.tables || work.blocks != kUnitBlocks) return multiply<1>(work);
+  int32_t totals[2 * kTokens * kUnitOutputs];
+  lookups::neon::multiply(work, totals);
+}
+#endif
+
 FF_DEFINE_QUANTIZE(FF_NEON, Codes)
 
 #undef FF_NEON
 
-static const Path kPath{FF_DOT ? "neondot" : "neon", 48, quantize, {multiply<1>, multiply<2>}, nullptr};
+#if FF_DOT
+static const Path kPath{"neondot", kTokens, quantize, {multiply<1>, multiply<2>}, nullptr};
+#else
+static const Path kPath{
+    "neon", kTokens, quantize, {multiply_binary, multiply<2>}, nullptr, lookups::neon::tabulate,
+    lookups::neon::table_bytes};
+#endif
 
 }  // namespace FF_PATH
 }  // namespace fiftyfold
