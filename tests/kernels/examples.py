@@ -39,7 +39,7 @@ def cases(draw):
             st.sampled_from([(0,), (1,), (2,), (3,), (5,), (7,), (13,), (2, 3), (1, 1, 4), (47,), (97,), ()])
         ),
         "inputs": groups * draw(st.sampled_from([1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 64, 100, 256, 300])),
-        "outputs": draw(st.sampled_from([1, 2, 7, 15, 16, 17, 48, 63, 64, 65, 80, 127, 130])),
+        "outputs": draw(st.sampled_from([1, 2, 7, 15, 16, 17, 48, 63, 64, 65, 80, 127, 130, 256, 300, 330])),
         "groups": groups,
         "per_tensor": draw(st.booleans()),
         "bits": draw(st.sampled_from([1, 2])),

@@ -15,6 +15,8 @@ constexpr double kSerialProducts = 1.0e6;
 // Tokens for each thread from which on threads share the tokens rather than the outputs: fewer where they would read
 // tables from each other's caches.
 constexpr int64_t kTokensToShare = 48, kTabledTokensToShare = 8;
+// Units of outputs from which on making tables pays: that takes as long as a row's products with one of them.
+constexpr int64_t kUnitsToTabulate = 4;
 // What the tables of tokens that are multiplied together may take of the second cache.
 constexpr int64_t kTableMemory = 256 * 1024;
 // Entries below which one thread quantizes for all.
@@ -38,7 +40,8 @@ class Linear {
         grid_{call.activation_bits, call.full_range != 0, call.clip, call.largest},
         arrangement_{call.outputs, call.inputs, call.groups, call.weight_bits},
         type_(static_cast<FloatType>(call.float_type)) {
-    const bool tabulates = path_.tabulate && call.weight_bits == 1 && arrangement_.wide_units() > 0;
+    const bool tabulates = path_.tabulate && call.weight_bits == 1 &&
+                           arrangement_.wide_units() >= kUnitsToTabulate;
     if (tabulates) table_bytes_ = path_.table_bytes(arrangement_.padded_inputs());
   }
 
@@ -119,9 +122,9 @@ class Linear {
     path_.quantize(grid_, values, call_.groups, arrangement_.group_inputs(), padded,
                    tokens.codes + place * row_bytes(), tokens.scale + place, tokens.sums + place * call_.groups);
     if (!tokens.tables) return;
-    for (int64_t row = place * grid_.planes(); row < (place + 1) * grid_.planes(); row++) {
-      const int64_t inputs = arrangement_.padded_inputs();
-      path_.tabulate(tokens.codes + row * inputs, inputs, tokens.tables + row * table_bytes_);
+    const int64_t inputs = arrangement_.padded_inputs();
+    for (int64_t plane = place * grid_.planes(); plane < (place + 1) * grid_.planes(); plane++) {
+      path_.tabulate(tokens.codes + plane * inputs, inputs, tokens.tables + plane * table_bytes_);
     }
   }
 

@@ -192,9 +192,8 @@ class PackedLinear(PackedLayer):
         Returns:
             (…, out_features), in the type of ``x``.
         """
-        settings = self.settings.activation
-        if settings is not None and self._takes_integers(x, settings):
-            return self._multiply_integers(x, settings)
+        if self.takes_integers(x):
+            return multiply_integers(x, self.arranged(), self.bias, self.settings, self._largest_input(x))
         return F.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
 
     def prepare(self) -> None:
@@ -205,30 +204,53 @@ class PackedLinear(PackedLayer):
         else:
             self.codes()
 
-    def _takes_integers(self, x: torch.Tensor, settings: ActivationSettings) -> bool:
-        if current_path() == "reference" or not settings.symmetric:
+    def takes_integers(self, x: torch.Tensor) -> bool:
+        """Tell whether the layer computes an input in integers, and not by fake quantization."""
+        settings = self.settings.activation
+        if settings is None or not settings.symmetric or current_path() == "reference":
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
         return x.numel() > 0 and self.columns <= largest_inputs(settings.bits)
 
-    def _multiply_integers(self, x: torch.Tensor, settings: ActivationSettings) -> torch.Tensor:
-        largest = None
-        if settings.range == "static":
-            low, high = self._static_range(x, settings)
-            largest = torch.maximum(low.abs(), high.abs())
-        weight, scale = self.arranged()
-        return packed_linear(
-            x,
-            weight,
-            scale,
-            self.bias,
-            bits=self.settings.weight.bits,
-            activation_bits=settings.bits,
-            full_range=settings.full_range,
-            clip=settings.clip,
-            largest=largest,
-        )
+    def _largest_input(self, x: torch.Tensor) -> torch.Tensor | None:
+        settings = self.settings.activation
+        if settings is None or settings.range == "dynamic":
+            return None
+        low, high = self._static_range(x, settings)
+        return torch.maximum(low.abs(), high.abs())
+
+
+def multiply_integers(
+    x: torch.Tensor,
+    arranged: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    settings: LayerSettings,
+    largest: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return an input's integer product with a weight.
+
+    Args:
+        x: (…, inputs).
+        arranged: the weight and its scales, as :meth:`PackedLayer.arranged` returns them.
+        bias: (outputs,) or none.
+        settings: how weight and input are quantized; the input symmetrically.
+        largest: of a static range; by default each token has its own.
+    """
+    activation = settings.activation
+    assert activation is not None
+    weight, scale = arranged
+    return packed_linear(
+        x,
+        weight,
+        scale,
+        bias,
+        bits=settings.weight.bits,
+        activation_bits=activation.bits,
+        full_range=activation.full_range,
+        clip=activation.clip,
+        largest=largest,
+    )
 
 
 class PackedConv1D(PackedLinear):

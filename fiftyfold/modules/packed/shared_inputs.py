@@ -5,24 +5,28 @@ A traced program then quantizes their input once and calls one operator in place
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fiftyfold.kernels.backends import PACKED_BITS
-from fiftyfold.kernels.packing import pack_codes
-from fiftyfold.modules.packed.layers import PackedLinear
+from fiftyfold.kernels.operators import arrange_weight
+from fiftyfold.modules.packed.layers import PackedConv1D, PackedLinear, multiply_integers
+
+Outputs = Sequence[torch.Tensor]
 
 
 @contextmanager
-def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Sequence[torch.Tensor]]) -> Iterator[int]:
-    """Let layers that read the same tensor be parts of one product, if the model computes the same bits so.
+def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Outputs]) -> Iterator[int]:
+    """Let layers that read the same tensor one after another be parts of one product.
+
+    Each product is tried, and kept if the model computes the same bits with it.
 
     Args:
         model: in evaluation mode; its layers are as they were afterwards.
@@ -31,30 +35,38 @@ def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Sequence[
     Yields:
         How many products stand for several layers.
     """
-    products, before = [_Product(layers) for layers in _groups(model, call)], call()
+    groups, before, kept = _groups(model, call), call(), 0
     with ExitStack() as replaced:
-        for product in products:
-            replaced.enter_context(product.standing_in())
-        if not _same(call, before):
-            products = []
-            replaced.close()
-        yield len(products)
+        for layers in groups:
+            with ExitStack() as trial:
+                trial.enter_context(_Product(layers).standing_in())
+                if _same(call, before):
+                    replaced.enter_context(trial.pop_all())
+                    kept += 1
+        yield kept
 
 
 class _Product:
-    """One packed layer for several. The first of them that is called computes it; the others take their parts."""
+    """One product for several layers. The first that is called computes it; the others take their parts."""
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
-        self._layers = layers
-        self._joined = _joined(layers)
-        self._known: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
+        self._layers, self._settings = layers, layers[0].settings
+        codes = torch.cat([layer.unpacked() for layer in layers])
+        scales = torch.cat([layer.weight_scale.expand(layer.rows, -1) for layer in layers])
+        self._arranged = arrange_weight(codes, scales, self._settings.weight.bits)
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._known: tuple[torch.Tensor, Outputs] | None = None
 
     def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of the layer at a place."""
-        if self._known is None or self._known[0] is not x:
-            outputs: torch.Tensor = self._joined(x)
-            self._known = x, outputs.split([layer.rows for layer in self._layers], dim=-1)
-        return self._known[1][place]
+        known = self._known
+        if known is None or known[0] is not x:
+            outputs = multiply_integers(x, self._arranged, self._bias, self._settings)
+            known = x, outputs.split([layer.rows for layer in self._layers], dim=-1)
+        # A later call of the model may come with the same tensor and other numbers in it.
+        self._known = known if place < len(self._layers) - 1 else None
+        return known[1][place]
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -68,57 +80,63 @@ class _Product:
                 del layer.forward
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+        layer: which.
+        x: its input, which lives as long as this does, so that no other tensor shares its number.
+        version: of the input, which rises whenever its numbers are changed in place; nothing where none is counted.
+        way: what layers must have in common to be joined; nothing for one that cannot be.
+    """
+
+    layer: PackedLinear
+    x: torch.Tensor
+    version: int | None
+    way: Hashable
+
+    @classmethod
+    def of(cls, layer: PackedLinear, x: torch.Tensor) -> _Call:
+        return cls(layer, x, None if x.is_inference() else x._version, _way(layer, x))
+
+
 def _groups(model: nn.Module, call: Callable[[], object]) -> list[list[PackedLinear]]:
-    """Return the layers that read one tensor in one way, and are called once."""
-    calls: list[tuple[PackedLinear, torch.Tensor]] = []  # a tensor that lives shares its number with no other
+    """Return the layers that read one tensor, in one way and one after another, and are called once."""
+    calls: list[_Call] = []
 
     def note(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(layer, PackedLinear)
-        calls.append((layer, arguments[0]))
+        calls.append(_Call.of(layer, arguments[0]))
 
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 hooks.callback(module.register_forward_pre_hook(note).remove)
         call()
-    counts = Counter(layer for layer, _ in calls)
-    found: dict[Hashable, list[PackedLinear]] = {}
-    for layer, x in calls:
-        if counts[layer] == 1 and _can_join(layer):
-            found.setdefault((id(x), *_way(layer)), []).append(layer)
-    return [layers for layers in found.values() if len(layers) > 1]
+    counts = Counter(each.layer for each in calls)
+    found: list[list[PackedLinear]] = []
+    for (_, version), run in itertools.groupby(calls, key=lambda each: (id(each.x), each.version)):
+        alike: dict[Hashable, list[PackedLinear]] = {}
+        for each in run:
+            if version is not None and each.way is not None and counts[each.layer] == 1:
+                alike.setdefault(each.way, []).append(each.layer)
+        found += [layers for layers in alike.values() if len(layers) > 1]
+    return found
 
 
-def _can_join(layer: PackedLinear) -> bool:
-    activation = layer.settings.activation
+def _way(layer: PackedLinear, x: torch.Tensor) -> Hashable:
+    settings = layer.settings.activation
+    plain = type(layer) in (PackedLinear, PackedConv1D) and "forward" not in vars(layer)
     # A static range is each layer's own.
-    return activation is not None and activation.range == "dynamic" and layer.settings.weight.bits in PACKED_BITS
-
-
-def _way(layer: PackedLinear) -> tuple[Hashable, ...]:
-    """Return what layers must have in common to be joined."""
+    if not plain or settings is None or settings.range == "static" or not layer.takes_integers(x):
+        return None
     bias = None if layer.bias is None else layer.bias.dtype
-    return layer.settings.activation, layer.settings.weight.bits, layer.weight_scale.shape[1], layer.columns, bias
+    return settings, layer.settings.weight.bits, layer.weight_scale.shape[1], bias
 
 
-def _joined(layers: Sequence[PackedLinear]) -> PackedLinear:
-    """Return one layer with the outputs of several, one after another."""
-    first, rows = layers[0], sum(layer.rows for layer in layers)
-    weight = first.settings.weight
-    if weight.granularity == "per_tensor":
-        weight = replace(weight, granularity="per_channel")
-    biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    settings = replace(first.settings, weight=weight)
-    joined = PackedLinear(rows, first.columns, settings, bias, first.weight.device)
-    scales = [layer.weight_scale.expand(layer.rows, -1) for layer in layers]
-    joined.weight_scale = torch.cat(scales)
-    joined.weight.data = pack_codes(torch.cat([layer.unpacked() for layer in layers]), weight.bits)
-    joined.prepare()
-    return joined.eval()
-
-
-def _same(call: Callable[[], Sequence[torch.Tensor]], before: Sequence[torch.Tensor]) -> bool:
-    with suppress(RuntimeError):  # of a model that needs its layers' outputs to be contiguous
+def _same(call: Callable[[], Outputs], before: Outputs) -> bool:
+    try:
         return all(map(torch.equal, call(), before))
-    return False
+    except Exception:  # noqa: BLE001 - of a model of any kind, as one that needs its layers' outputs to be contiguous
+        return False

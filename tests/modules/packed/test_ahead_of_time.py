@@ -71,6 +71,21 @@ def test_batches_of_any_size_and_padding_give_what_the_model_gives(place: Path) 
     assert not torch.allclose(typed[0], compiled(**padded).logits, atol=1e-5)
 
 
+def test_layers_that_read_the_same_tensor_are_one_call(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+
+    def note(program: Any, **_: object) -> None:
+        targets = [node.target for node in program.graph.nodes]
+        products.append(targets.count(torch.ops.fiftyfold.packed_linear.default))
+        raise RuntimeError("this is far enough")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", note)
+    with pytest.raises(FiftyfoldError, match="far enough"):
+        compile_model(fiftyfold.load(place / EXPORTED), place / "traced.pt2")
+    # In each of two blocks one for query, key and value, and three others; then the pooler.
+    assert products == [2 * 4 + 1]
+
+
 @torch.inference_mode()
 def test_tokens_may_be_of_any_integer_type_and_lie_anywhere(place: Path) -> None:
     compiled = load_compiled(place / PROGRAM)

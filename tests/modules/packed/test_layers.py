@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.path import current_path, use_path
+from fiftyfold.modules.packed import layers
 from fiftyfold.modules.packed.contents import pack_layer, packed_entry
 from fiftyfold.modules.packed.layers import PackedLayer
 from fiftyfold.modules.quantization.layers import QuantizedLayer, activate
@@ -107,7 +108,7 @@ def test_the_integer_path_agrees_within_its_tolerance(rows, inputs, outputs, bit
 def test_the_integer_path_is_the_default_and_the_choice_can_be_undone(monkeypatch):
     calls = []
     _, packed = pair(nn.Linear(8, 4), LayerSettings(WeightSettings(), ActivationSettings()))
-    monkeypatch.setattr(type(packed), "_multiply_integers", lambda self, x, _: calls.append(x) or x)
+    monkeypatch.setattr(layers, "multiply_integers", lambda x, *_: calls.append(x) or x)
     x = torch.randn(2, 8)
     assert current_path() == "integer"
     with torch.no_grad():

@@ -12,8 +12,10 @@ from torch import nn
 
 import fiftyfold
 from fiftyfold.kernels.packing import pack_codes
+from fiftyfold.kernels.path import use_path
+from fiftyfold.modules.packed import shared_inputs
 from fiftyfold.modules.packed.compiled_program import output_tensors
-from fiftyfold.modules.packed.layers import PackedLinear
+from fiftyfold.modules.packed.layers import PackedLinear, multiply_integers
 from fiftyfold.modules.packed.shared_inputs import one_product_for_shared_inputs
 from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings, WeightSettings
 from tests.kernels.examples import random_codes
@@ -21,12 +23,24 @@ from tests.modules.packed.examples import inputs, quantized
 from tests.tiny import tiny_model
 
 
-def packed(outputs: int = 24, bits: int = 1, *, bias: bool = True, seed: int = 0, **activation: Any) -> PackedLinear:
-    settings = LayerSettings(WeightSettings(bits, "per_channel"), ActivationSettings(**activation))
-    layer = PackedLinear(outputs, 32, settings, nn.Parameter(torch.randn(outputs)) if bias else None)
+def packed(
+    outputs: int = 24,
+    bits: int = 1,
+    *,
+    bias: torch.dtype | None = torch.float32,
+    group: int | None = None,
+    seed: int = 0,
+    **activation: Any,
+) -> PackedLinear:
+    weight = WeightSettings(bits, "per_group" if group else "per_channel", group)
+    settings = LayerSettings(weight, ActivationSettings(**activation))
     generator = torch.Generator().manual_seed(seed)
-    layer.weight.data = pack_codes(random_codes(outputs, 32, bits, generator), bits)
-    layer.weight_scale = torch.rand(outputs, 1, generator=generator).half()
+    numbers = None if bias is None else nn.Parameter(torch.randn(outputs, generator=generator).to(bias))
+    layer = PackedLinear(outputs, 32, settings, numbers)
+    codes = torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), (outputs, 32), generator=generator, dtype=torch.int8)
+    codes = random_codes(outputs, 32, bits, generator) if bits <= 2 else codes
+    layer.weight.data = pack_codes(codes, bits)
+    layer.weight_scale = torch.rand(outputs, 32 // group if group else 1, generator=generator).half()
     return layer.eval()
 
 
@@ -84,28 +98,57 @@ def test_query_key_and_value_are_one_product(kind: str, how: dict[str, Any], tmp
 
 
 def test_the_first_that_is_called_computes_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    compute = PackedLinear.forward
+    rows: list[int] = []
 
-    def noting(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-        calls.append(layer.rows)
-        return compute(layer, x)
+    def noting(x: torch.Tensor, arranged: tuple[torch.Tensor, torch.Tensor], *others: Any) -> torch.Tensor:
+        rows.append(arranged[1].shape[1])
+        return multiply_integers(x, arranged, *others)
 
-    monkeypatch.setattr(PackedLinear, "forward", noting)
+    monkeypatch.setattr(shared_inputs, "multiply_integers", noting)
     model = Readers(packed(24), packed(40))
     with one_product_for_shared_inputs(model, model.outputs):
-        calls.clear()
+        rows.clear()
         model.outputs()
-        assert calls == [64]
+        assert rows == [64]
         model.outputs()
-        assert calls == [64, 64]
+        assert rows == [64, 64]
 
 
-def test_layers_that_quantize_otherwise_stay_alone() -> None:
-    assert products_of(Readers(packed(), packed(40, seed=1), packed(7, bias=False), packed(full_range=True))) == 1
-    assert products_of(Readers(packed(), packed(bits=2), packed(bias=False), packed(clip=0.5))) == 0
-    assert products_of(Readers(packed(), packed(bits=2), packed(7), packed(9, bits=2))) == 2
-    assert products_of(Readers(packed(range="static"), packed(range="static"))) == 0
+@torch.no_grad()
+def test_another_call_with_the_same_tensor_computes_anew() -> None:
+    model = Readers(packed(), packed(seed=1))
+    with one_product_for_shared_inputs(model, model.outputs) as found:
+        assert found == 1
+        model(model.x)
+        model.x.mul_(-3)
+        outputs = model(model.x)
+    assert all(map(torch.equal, outputs, model(model.x)))
+
+
+def test_layers_of_other_kinds_are_joined_with_their_like() -> None:
+    assert products_of(Readers(packed(), packed(40, seed=1), packed(7, bias=None), packed(full_range=True))) == 1
+    assert products_of(Readers(packed(), packed(bits=2), packed(7, seed=2), packed(9, bits=2))) == 2
+    assert products_of(Readers(packed(bits=4), packed(9, bits=4, seed=1))) == 1
+    assert products_of(Readers(packed(group=8), packed(9, group=8, seed=1))) == 1
+    assert products_of(Readers(packed(bias=None), packed(9, bias=None, seed=1))) == 1
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (packed(), packed(bits=2), packed(bias=None), packed(clip=0.5), packed(group=8), packed(bias=torch.bfloat16)),
+        (packed(range="static"), packed(range="static")),
+        (packed(symmetric=False), packed(symmetric=False)),
+    ],
+    ids=["different", "static", "asymmetric"],
+)
+def test_layers_that_quantize_otherwise_stay_alone(layers: Sequence[PackedLinear]) -> None:
+    assert products_of(Readers(*layers)) == 0
+
+
+def test_on_the_reference_path_all_stay_alone() -> None:
+    with use_path("reference"):
+        assert products_of(Readers(packed(), packed(seed=1))) == 0
 
 
 def test_a_layer_that_is_called_twice_stays_alone() -> None:
@@ -113,28 +156,82 @@ def test_a_layer_that_is_called_twice_stays_alone() -> None:
     assert products_of(Readers(layer, layer, packed(seed=1))) == 0
 
 
-def test_layers_that_read_different_tensors_stay_alone() -> None:
-    class Chain(Readers):
+def test_a_layer_that_somebody_wrapped_stays_alone_and_wrapped() -> None:
+    wrapped = packed(seed=1)
+    inner = wrapped.forward
+    wrapped.forward = lambda x: inner(x) * 1.5  # type: ignore[method-assign]
+    model = Readers(packed(), wrapped, packed(seed=2))
+    before = model.outputs()
+    with one_product_for_shared_inputs(model, model.outputs) as found:
+        assert found == 1
+    assert "forward" in vars(wrapped)
+    assert all(map(torch.equal, model.outputs(), before))
+
+
+def test_a_class_of_another_forward_stays_alone() -> None:
+    class Doubling(PackedLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layers = [packed(), packed(seed=1)]
+    layers[1].__class__ = Doubling
+    assert products_of(Readers(*layers)) == 0
+
+
+class Chain(Readers):
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [layer(x + place) for place, layer in enumerate(self.layers)]
+
+
+class Apart(Readers):
+    """Layers that read one tensor, with another's call in between, as blocks that all read the same encoder."""
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [self.layers[0](x), self.layers[1](x + 1), self.layers[2](x)]
+
+
+class Clamping(Readers):
+    """Changes its input in place, and with the example's numbers changes none of them."""
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [layer(x.clamp_(-100, 100)) for layer in self.layers]
+
+
+class Flat(Readers):
+    """Needs contiguous outputs, and says so by an error of its own."""
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs = [layer(x) for layer in self.layers]
+        if not all(output.is_contiguous() for output in outputs):
+            raise ValueError
+        return outputs
+
+
+@pytest.mark.parametrize("kind", [Chain, Apart, Clamping, Flat])
+def test_layers_that_cannot_be_joined_stay_alone(kind: type[Readers]) -> None:
+    assert products_of(kind(packed(), packed(seed=1), packed(seed=2))) == 0
+
+
+def test_tensors_that_count_no_changes_are_not_trusted() -> None:
+    model = Readers(packed(), packed(seed=1))
+    with torch.inference_mode():
+        x = model.x.clone()
+        with one_product_for_shared_inputs(model, lambda: model(x)) as found:
+            assert found == 0
+
+
+def test_a_group_that_fails_leaves_the_others_joined() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.flat = Readers(packed(), packed(seed=1)), Flat(packed(), packed(seed=2))
+
         def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-            return [layer(x + place) for place, layer in enumerate(self.layers)]
+            return [*self.good(x), *self.flat(x + 1)]
 
-    assert products_of(Chain(packed(), packed())) == 0
-
-
-def test_a_model_that_needs_contiguous_outputs_is_left_as_it_is() -> None:
-    class Flat(Readers):
-        def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-            return [layer(x).view(-1) for layer in self.layers]
-
-    assert products_of(Flat(packed(), packed(seed=1))) == 0
-
-
-def test_a_model_that_changes_the_tensor_in_between_is_left_as_it_is() -> None:
-    class Changing(Readers):
-        def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-            return [layer(x.add_(1)) for layer in self.layers]
-
-    assert products_of(Changing(packed(), packed(seed=1))) == 0
+    model = Both()
+    with torch.no_grad(), one_product_for_shared_inputs(model, lambda: model(model.good.x)) as found:
+        assert found == 1
 
 
 def test_an_error_of_the_model_puts_its_layers_back() -> None:
