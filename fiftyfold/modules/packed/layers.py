@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from fiftyfold.kernels.backends import backend_for
 from fiftyfold.kernels.linear import largest_inputs
-from fiftyfold.kernels.operators import arrange_weight, packed_embedding, packed_linear
+from fiftyfold.kernels.operators import arrange_weight, packed_embedding
 from fiftyfold.kernels.packing import check_packed, packed_bytes, unpack_codes
 from fiftyfold.kernels.path import current_path
+from fiftyfold.modules.quantization.integer_product import multiply_integers
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS
 from fiftyfold.modules.quantization.quantizers import (
     check_shape,
@@ -219,38 +220,6 @@ class PackedLinear(PackedLayer):
             return None
         low, high = self._static_range(x, settings)
         return torch.maximum(low.abs(), high.abs())
-
-
-def multiply_integers(
-    x: torch.Tensor,
-    arranged: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    settings: LayerSettings,
-    largest: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return an input's integer product with a weight.
-
-    Args:
-        x: (…, inputs).
-        arranged: the weight and its scales, as :meth:`PackedLayer.arranged` returns them.
-        bias: (outputs,) or none.
-        settings: how weight and input are quantized; the input symmetrically.
-        largest: of a static range; by default each token has its own.
-    """
-    activation = settings.activation
-    assert activation is not None
-    weight, scale = arranged
-    return packed_linear(
-        x,
-        weight,
-        scale,
-        bias,
-        bits=settings.weight.bits,
-        activation_bits=activation.bits,
-        full_range=activation.full_range,
-        clip=activation.clip,
-        largest=largest,
-    )
 
 
 class PackedConv1D(PackedLinear):

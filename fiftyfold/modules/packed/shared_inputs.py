@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fiftyfold.kernels.operators import arrange_weight
-from fiftyfold.modules.packed.layers import PackedConv1D, PackedLinear, multiply_integers
+from fiftyfold.modules.packed.layers import PackedConv1D, PackedLinear
+from fiftyfold.modules.quantization.integer_product import multiply_integers
 
 Outputs = Sequence[torch.Tensor]
 

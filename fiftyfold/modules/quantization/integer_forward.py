@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fiftyfold.kernels import table_product, training
 from fiftyfold.kernels.backends import PACKED_BITS, backend_for
 from fiftyfold.kernels.linear import largest_inputs
-from fiftyfold.kernels.operators import arrange_weight, packed_linear
+from fiftyfold.kernels.operators import arrange_weight
 from fiftyfold.kernels.path import current_path
+from fiftyfold.modules.quantization.integer_product import multiply_integers
 from fiftyfold.modules.quantization.quantizers import fake_quantize_activation, fused_weight_arguments
 from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings, WeightSettings
 
@@ -35,7 +36,7 @@ class ArrangedWeight:
         settings: how it was quantized.
         checksum: of the weight that was.
         stored: its codes and scales.
-        arranged: the codes as :func:`.packed_linear` reads them.
+        arranged: the codes as :func:`fiftyfold.kernels.operators.packed_linear` reads them.
         scale: the scales as it reads them.
     """
 
@@ -149,23 +150,11 @@ class _IntegerLinear(Function):
         limits: tuple[torch.Tensor, torch.Tensor] | None,
         largest: torch.Tensor | None,
     ) -> torch.Tensor:
-        activation = settings.activation
-        assert activation is not None
         ctx.save_for_backward(x, weight)
         ctx.quantized, ctx.settings = quantized, settings
         # A static range goes on moving before the backward pass.
         ctx.limits = None if limits is None else tuple(limit.clone() for limit in limits)
-        return packed_linear(
-            x.detach(),
-            quantized.arranged,
-            quantized.scale,
-            bias,
-            bits=settings.weight.bits,
-            activation_bits=activation.bits,
-            full_range=activation.full_range,
-            clip=activation.clip,
-            largest=largest,
-        )
+        return multiply_integers(x.detach(), (quantized.arranged, quantized.scale), bias, settings, largest)
 
     @staticmethod
     @once_differentiable

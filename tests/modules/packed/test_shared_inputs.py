@@ -15,8 +15,9 @@ from fiftyfold.kernels.packing import pack_codes
 from fiftyfold.kernels.path import use_path
 from fiftyfold.modules.packed import shared_inputs
 from fiftyfold.modules.packed.compiled_program import output_tensors
-from fiftyfold.modules.packed.layers import PackedLinear, multiply_integers
+from fiftyfold.modules.packed.layers import PackedLinear
 from fiftyfold.modules.packed.shared_inputs import one_product_for_shared_inputs
+from fiftyfold.modules.quantization.integer_product import multiply_integers
 from fiftyfold.modules.quantization.settings import ActivationSettings, LayerSettings, WeightSettings
 from tests.kernels.examples import random_codes
 from tests.modules.packed.examples import inputs, quantized
