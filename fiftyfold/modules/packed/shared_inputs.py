@@ -24,7 +24,7 @@ Outputs = Sequence[torch.Tensor]
 
 
 @contextmanager
-def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Outputs]) -> Iterator[int]:
+def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Outputs]) -> Iterator[None]:
     """Let layers that read the same tensor one after another be parts of one product.
 
     Each product is tried, and kept if the model computes the same bits with it.
@@ -32,19 +32,15 @@ def one_product_for_shared_inputs(model: nn.Module, call: Callable[[], Outputs])
     Args:
         model: in evaluation mode; its layers are as they were afterwards.
         call: calls the model, and returns its outputs.
-
-    Yields:
-        How many products stand for several layers.
     """
-    groups, before, kept = _groups(model, call), call(), 0
+    groups, before = _groups(model, call), call()
     with ExitStack() as replaced:
         for layers in groups:
             with ExitStack() as trial:
                 trial.enter_context(_Product(layers).standing_in())
                 if _same(call, before):
                     replaced.enter_context(trial.pop_all())
-                    kept += 1
-        yield kept
+        yield
 
 
 class _Product:
