@@ -191,13 +191,13 @@ int main(int count, char** arguments) {
       failures += !check_linear({70, 2 * 2090, 81, 2, bits, 8, false, true, false, false, false, false, true});
       failures += !check_linear({37, 2100, 64, 1, bits, 16, false, true, false, false, false, false, false});
     }
+    for (int i = 0; i < cases; i++) {
+      failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), pick(1, 300), pick(0, 1));
+    }
     std::printf("%s checked\n", ff_path());
   }
   for (int bits = 1; bits <= 2; bits++) {
     for (int columns = 1; columns < 40; columns += 3) failures += !check_embedding(bits, 7, columns);
-  }
-  for (int i = 0; i < cases; i++) {
-    failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), pick(1, 300), pick(0, 1));
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

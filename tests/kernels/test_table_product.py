@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fiftyfold.kernels import training
 from fiftyfold.kernels.table_product import find_entries, multiply_rows
 from tests.kernels.examples import random_codes
-from tests.kernels.paths import same_bits, threads
+from tests.kernels.paths import library, path, same_bits, threads
 
 pytestmark = pytest.mark.skipif(not training.is_native(torch.ones(1)), reason="there is no library for this processor")
 
@@ -21,8 +21,8 @@ def multiply(rows, codes, scale, bits):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    tokens=st.sampled_from([1, 2, 31, 32, 33, 70]),
-    outputs=st.sampled_from([1, 2, 3, 4, 5, 20, 21, 22, 47, 48, 49, 130]),
+    tokens=st.sampled_from([1, 2, 31, 32, 33, 70, 96]),
+    outputs=st.sampled_from([1, 2, 3, 4, 5, 8, 23, 24, 25, 47, 48, 49, 130, 136]),
     inputs=st.sampled_from([1, 2, 3, 4, 16, 17, 255, 256, 257, 300]),
     bits=st.sampled_from([1, 2]),
     per_tensor=st.booleans(),
@@ -65,12 +65,15 @@ def test_what_is_not_finite_shows_where_a_product_shows_it(bits, odd):
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-def test_bits_depend_neither_on_threads_nor_on_the_other_rows(bits):
+def test_bits_depend_on_neither_the_path_nor_threads_nor_other_rows(bits):
     generator = torch.Generator().manual_seed(0)
     codes, rows = random_codes(100, 77, bits, generator), torch.randn(130, 100, generator=generator)
     scale = torch.rand(100, 1, generator=generator).half()
     expected = multiply(rows, codes, scale, bits)
     for count in (1, 2, 3):
         with threads(count):
+            assert same_bits(multiply(rows, codes, scale, bits), expected)
+    for name in library().paths():
+        with path(name):
             assert same_bits(multiply(rows, codes, scale, bits), expected)
     assert same_bits(multiply(rows[5:40], codes, scale, bits), expected[5:40])

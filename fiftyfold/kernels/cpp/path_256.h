@@ -218,6 +218,8 @@ FF_AVX2 static void multiply_binary(const UnitWork& work) {
 
 FF_DEFINE_QUANTIZE(FF_AVX2, Codes)
 
+FF_DEFINE_TABLE_PRODUCTS(FF_AVX2, EightFloats)
+
 FF_AVX2 static int64_t spin(int64_t rounds) {
   constexpr int kSums = 10;
   __m256i sums[kSums];
@@ -239,10 +241,11 @@ FF_AVX2 static int64_t spin(int64_t rounds) {
 #undef FF_AVX2
 
 #if FF_VNNI
-static const Path kPath{"avxvnni", kTokens, quantize, {multiply<1>, multiply<2>}, spin};
+static const Path kPath{"avxvnni", kTokens, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
 #else
 static const Path kPath{
-    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, lookups::avx2::tabulate, lookups::avx2::table_bytes};
+    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, kTableProducts, lookups::avx2::tabulate,
+    lookups::avx2::table_bytes};
 #endif
 
 }  // namespace FF_PATH

@@ -301,6 +301,8 @@ struct ManyCodes {
 
 FF_DEFINE_QUANTIZE(FF_AVX512, ManyCodes)
 
+FF_DEFINE_TABLE_PRODUCTS(FF_AVX512, SixteenFloats)
+
 FF_AVX512 static int64_t spin(int64_t rounds) {
   constexpr int kSums = 16;
   __m512i sums[kSums];
@@ -321,7 +323,7 @@ FF_AVX512 static int64_t spin(int64_t rounds) {
 
 #undef FF_AVX512
 
-static const Path kPath{"avx512", 96, quantize, {multiply<1>, multiply<2>}, spin};
+static const Path kPath{"avx512", 96, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
 
 }  // namespace avx512
 }  // namespace fiftyfold

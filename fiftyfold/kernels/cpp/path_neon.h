@@ -100,14 +100,16 @@ static void multiply_binary(const UnitWork& work) {
 
 FF_DEFINE_QUANTIZE(FF_NEON, Codes)
 
+FF_DEFINE_TABLE_PRODUCTS(FF_NEON, EightFloats)
+
 #undef FF_NEON
 
 #if FF_DOT
-static const Path kPath{"neondot", kTokens, quantize, {multiply<1>, multiply<2>}, nullptr};
+static const Path kPath{"neondot", kTokens, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
 #else
 static const Path kPath{
-    "neon", kTokens, quantize, {multiply_binary, multiply<2>}, nullptr, lookups::neon::tabulate,
-    lookups::neon::table_bytes};
+    "neon", kTokens, quantize, {multiply_binary, multiply<2>}, nullptr, kTableProducts,
+    lookups::neon::tabulate, lookups::neon::table_bytes};
 #endif
 
 }  // namespace FF_PATH

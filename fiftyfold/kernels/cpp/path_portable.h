@@ -44,7 +44,9 @@ static void multiply(const UnitWork& work) {
 
 FF_DEFINE_QUANTIZE(, Codes)
 
-static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}, nullptr};
+FF_DEFINE_TABLE_PRODUCTS(, EightFloats)
+
+static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
 
 }  // namespace portable
 }  // namespace fiftyfold

@@ -2,6 +2,7 @@
 #pragma once
 #include "arrangement.h"
 #include "quantize.h"
+#include "tables.h"
 
 namespace fiftyfold {
 
@@ -112,6 +113,7 @@ struct Path {
                    int8_t* codes, float* scale, int32_t* sums);
   void (*multiply[2])(const UnitWork&);  // binary, ternary
   int64_t (*spin)(int64_t rounds);       // nothing but products, all in registers; how many operations, or null
+  TableProducts floats;
   // Tables to multiply binary weights by, and the bytes that a row's take; null where products are quicker.
   void (*tabulate)(const int8_t* codes, int64_t inputs, uint8_t* tables) = nullptr;
   int64_t (*table_bytes)(int64_t inputs) = nullptr;

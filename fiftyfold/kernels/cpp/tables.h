@@ -2,7 +2,7 @@
 //
 // Few codes have few sums: a table holds, for some neighbouring outputs, what any codes of theirs make of a row's
 // entries. An addition then stands for as many products as a table has outputs. Lanes are rows, so the order of
-// additions, and with it every bit, is the same for all instruction sets and numbers of threads.
+// additions, and with it every bit, is the same for vectors of any length and any number of threads.
 #pragma once
 #include <cstring>
 
@@ -19,19 +19,51 @@ struct RowsCall {
   float* y;  // tokens x inputs
 };
 
-constexpr int kRows = 32;        // at once
-constexpr int kWritten = 16;     // inputs of a row that are written at once
-constexpr int kVectorSize = 32;  // bytes
-constexpr int kVectors = kRows * 4 / kVectorSize;
+constexpr int kRows = 32;  // at once
 
-typedef float Vector __attribute__((vector_size(kVectorSize), may_alias));
+typedef float EightFloats __attribute__((vector_size(32), may_alias));
+typedef float SixteenFloats __attribute__((vector_size(64), may_alias));
+typedef float UnalignedFloats __attribute__((vector_size(32), may_alias, aligned(4)));
+typedef int32_t EightNumbers __attribute__((vector_size(32)));
+
+template <typename Floats>
+constexpr int kVectors = kRows * sizeof(float) / sizeof(Floats);
+
+#ifdef __clang__
+#define FF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, EightNumbers{__VA_ARGS__})
+#endif
+
+// Transposes 8 x 8 floats.
+static FF_INLINE void transpose(EightFloats (&rows)[8]) {
+  EightFloats pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = FF_SHUFFLE(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = FF_SHUFFLE(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 8; half += 4) {
+#pragma GCC unroll 2
+    for (int i = half; i < half + 2; i++) {
+      fours[2 * i - half] = FF_SHUFFLE(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[2 * i - half + 1] = FF_SHUFFLE(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    rows[i] = FF_SHUFFLE(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[i + 4] = FF_SHUFFLE(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
 
 template <int kBits>
 struct Tables {
   static constexpr int kDigits = kBits + 1;              // codes that a weight may have
   static constexpr int kOutputs = kBits == 1 ? 4 : 3;    // that a table stands for
   static constexpr int kEntries = kBits == 1 ? 16 : 27;  // of a table: kDigits to the power of kOutputs
-  static constexpr int kTables = kBits == 1 ? 12 : 7;    // of a group, which takes 24 KiB
+  static constexpr int kTables = kBits == 1 ? 12 : 8;    // of a group, which takes 24 or 27 KiB
   static constexpr int kSize = kEntries * kRows;         // floats of a table
   static constexpr int kGroupOutputs = kTables * kOutputs;
   static float code(int digit) { return static_cast<float>(kBits == 1 ? 2 * digit - 1 : digit - 1); }
@@ -74,31 +106,58 @@ static FF_INLINE void read_rows(const RowsCall& call, int64_t first, int64_t row
   using T = Tables<kBits>;
   const int64_t begin = group * T::kGroupOutputs, left = call.outputs - begin;
   const int64_t outputs = left < T::kGroupOutputs ? left : T::kGroupOutputs;
-  float scale[T::kGroupOutputs];
-  for (int64_t i = 0; i < outputs; i++) scale[i] = from_float16(call.scale[call.per_tensor ? 0 : begin + i]);
+  const float* from = call.rows + first * call.outputs + begin;
+  const auto scale = [&](int64_t i) { return from_float16(call.scale[call.per_tensor ? 0 : begin + i]); };
   std::memset(values, 0, sizeof(float) * kRows * T::kGroupOutputs);
-  for (int64_t t = 0; t < rows; t++) {
-    const float* from = call.rows + (first + t) * call.outputs + begin;
-    for (int64_t i = 0; i < outputs; i++) values[i * kRows + t] = from[i] * scale[i];
+  const int64_t whole = rows == kRows ? outputs / 8 * 8 : 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    for (int64_t t = 0; t < kRows; t += 8) {
+      EightFloats block[8];
+      for (int k = 0; k < 8; k++) {
+        block[k] = *reinterpret_cast<const UnalignedFloats*>(from + (t + k) * call.outputs + i);
+      }
+      transpose(block);
+      for (int k = 0; k < 8; k++) *reinterpret_cast<EightFloats*>(values + (i + k) * kRows + t) = block[k] * scale(i + k);
+    }
+  }
+  for (int64_t i = whole; i < outputs; i++) {
+    for (int64_t t = 0; t < rows; t++) values[i * kRows + t] = from[t * call.outputs + i] * scale(i);
+  }
+}
+
+// Writes some rows' sums, which lie transposed.
+static FF_INLINE void write_rows(const RowsCall& call, int64_t first, int64_t rows, const float* sums) {
+  float* y = call.y + first * call.inputs;
+  const int64_t whole = rows == kRows ? call.inputs / 8 * 8 : 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    for (int64_t t = 0; t < kRows; t += 8) {
+      EightFloats block[8];
+      for (int k = 0; k < 8; k++) block[k] = *reinterpret_cast<const EightFloats*>(sums + (i + k) * kRows + t);
+      transpose(block);
+      for (int k = 0; k < 8; k++) *reinterpret_cast<UnalignedFloats*>(y + (t + k) * call.inputs + i) = block[k];
+    }
+  }
+  for (int64_t i = whole; i < call.inputs; i++) {
+    for (int64_t t = 0; t < rows; t++) y[t * call.inputs + i] = sums[i * kRows + t];
   }
 }
 
 // Multiplies by all codes, 0 as well, so that what is not finite shows as it does in a product.
-template <int kBits>
+template <int kBits, typename Floats>
 static FF_INLINE void fill_table(const float* values, float* table) {
   using T = Tables<kBits>;
-  Vector* to = reinterpret_cast<Vector*>(table);
-  for (int v = 0; v < kVectors; v++) to[v] = Vector{};
+  Floats* to = reinterpret_cast<Floats*>(table);
+  for (int v = 0; v < kVectors<Floats>; v++) to[v] = Floats{};
   int filled = 1;
 #pragma GCC unroll 4
   for (int i = 0; i < T::kOutputs; i++, filled *= T::kDigits) {
-    const Vector* value = reinterpret_cast<const Vector*>(values + i * kRows);
+    const Floats* value = reinterpret_cast<const Floats*>(values + i * kRows);
     for (int entry = 0; entry < filled; entry++) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        const Vector from = to[entry * kVectors + v], added = value[v];
+      for (int v = 0; v < kVectors<Floats>; v++) {
+        const Floats from = to[entry * kVectors<Floats> + v], added = value[v];
         for (int digit = 0; digit < T::kDigits; digit++) {
-          to[(entry + digit * filled) * kVectors + v] = from + T::code(digit) * added;
+          to[(entry + digit * filled) * kVectors<Floats> + v] = from + T::code(digit) * added;
         }
       }
     }
@@ -106,31 +165,34 @@ static FF_INLINE void fill_table(const float* values, float* table) {
 }
 
 // Adds to the sums of kInputs neighbouring inputs what a group's tables hold for their codes.
-template <int kBits, int kInputs>
+template <int kBits, typename Floats, int kInputs>
 static FF_INLINE void add_entries(const float* tables, const uint8_t* entries, float* sums) {
   using T = Tables<kBits>;
-  Vector* to = reinterpret_cast<Vector*>(sums);
-  Vector sum[kInputs][kVectors];
+  Floats* to = reinterpret_cast<Floats*>(sums);
+  Floats sum[kInputs][kVectors<Floats>];
   for (int k = 0; k < kInputs; k++) {
-    for (int v = 0; v < kVectors; v++) sum[k][v] = to[k * kVectors + v];
+    for (int v = 0; v < kVectors<Floats>; v++) sum[k][v] = to[k * kVectors<Floats> + v];
   }
 #pragma GCC unroll 12
   for (int table = 0; table < T::kTables; table++) {
     for (int k = 0; k < kInputs; k++) {
-      const float* entry = tables + table * T::kSize + entries[k * T::kTables + table] * kRows;
-      for (int v = 0; v < kVectors; v++) sum[k][v] += reinterpret_cast<const Vector*>(entry)[v];
+      const size_t place = static_cast<size_t>(entries[k * T::kTables + table]) * kRows;
+      const Floats* entry = reinterpret_cast<const Floats*>(tables + table * T::kSize + place);
+      for (int v = 0; v < kVectors<Floats>; v++) sum[k][v] += entry[v];
+      // Otherwise the compiler finds all addresses first, and has no registers to keep them in.
+      asm volatile("" ::: "memory");
     }
   }
   for (int k = 0; k < kInputs; k++) {
-    for (int v = 0; v < kVectors; v++) to[k * kVectors + v] = sum[k][v];
+    for (int v = 0; v < kVectors<Floats>; v++) to[k * kVectors<Floats> + v] = sum[k][v];
   }
 }
 
 // Computes `rows` rows, at most kRows, from `first` on; `scratch` holds rows_scratch bytes.
-template <int kBits>
+template <int kBits, typename Floats>
 static FF_INLINE void multiply_rows(const RowsCall& call, int64_t first, int64_t rows, float* scratch) {
   using T = Tables<kBits>;
-  constexpr int kInputs = 3;  // sums that fit into registers, enough to hide how long an addition takes
+  constexpr int kInputs = 12 / kVectors<Floats>;  // whose sums fit into registers, and hide how long an addition takes
   alignas(64) float values[T::kGroupOutputs * kRows];
   float* sums = scratch;
   float* tables = scratch + call.inputs * kRows;
@@ -138,22 +200,35 @@ static FF_INLINE void multiply_rows(const RowsCall& call, int64_t first, int64_t
   for (int64_t group = 0; group < T::groups(call.outputs); group++) {
     read_rows<kBits>(call, first, rows, group, values);
     for (int table = 0; table < T::kTables; table++) {
-      fill_table<kBits>(values + table * T::kOutputs * kRows, tables + table * T::kSize);
+      fill_table<kBits, Floats>(values + table * T::kOutputs * kRows, tables + table * T::kSize);
     }
     const uint8_t* entries = call.entries + group * call.inputs * T::kTables;
     int64_t k = 0;
     for (; k + kInputs <= call.inputs; k += kInputs) {
-      add_entries<kBits, kInputs>(tables, entries + k * T::kTables, sums + k * kRows);
+      add_entries<kBits, Floats, kInputs>(tables, entries + k * T::kTables, sums + k * kRows);
     }
-    for (; k < call.inputs; k++) add_entries<kBits, 1>(tables, entries + k * T::kTables, sums + k * kRows);
+    for (; k < call.inputs; k++) add_entries<kBits, Floats, 1>(tables, entries + k * T::kTables, sums + k * kRows);
   }
-  for (int64_t from = 0; from < call.inputs; from += kWritten) {
-    const int64_t to = from + kWritten < call.inputs ? from + kWritten : call.inputs;
-    for (int64_t t = 0; t < rows; t++) {
-      float* y = call.y + (first + t) * call.inputs;
-      for (int64_t k = from; k < to; k++) y[k] = sums[k * kRows + t];
-    }
-  }
+  write_rows(call, first, rows, sums);
 }
+
+// What an instruction set compiles of it; by bits, less one.
+struct TableProducts {
+  void (*multiply[2])(const RowsCall&, int64_t first, int64_t rows, float* scratch);
+  void (*find_entries[2])(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries);
+};
+
+#define FF_DEFINE_TABLE_PRODUCTS(target, Floats)                                                         \
+  template <int kBits>                                                                                   \
+  target static void multiply_by_tables(const RowsCall& call, int64_t first, int64_t rows, float* scratch) { \
+    multiply_rows<kBits, Floats>(call, first, rows, scratch);                                            \
+  }                                                                                                      \
+  template <int kBits>                                                                                   \
+  target static void find_group_entries(                                                                 \
+      const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries) {           \
+    find_entries<kBits>(codes, outputs, inputs, group, entries);                                         \
+  }                                                                                                      \
+  static const TableProducts kTableProducts{                                                             \
+      {multiply_by_tables<1>, multiply_by_tables<2>}, {find_group_entries<1>, find_group_entries<2>}};
 
 }  // namespace fiftyfold
