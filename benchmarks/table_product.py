@@ -9,6 +9,7 @@ changed weight's entries are found anew after every optimizer step, so that is t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -34,7 +35,8 @@ def main() -> None:
     cells = []
     for threads in parser.parse_args().threads:
         torch.set_num_threads(threads)
-        cells += [measure_cell(tokens, *shape, bits, threads) for bits in (1, 2) for shape in SHAPES for tokens in TOKENS]
+        every = itertools.product((1, 2), SHAPES, TOKENS)
+        cells += [measure_cell(tokens, *shape, bits, threads) for bits, shape, tokens in every]
     result = {"machine": processor_name(), "torch": torch.__version__, "cells": cells}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -65,12 +65,13 @@ def test_what_is_not_finite_shows_where_a_product_shows_it(bits, odd):
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-def test_bits_depend_on_neither_the_path_nor_threads_nor_other_rows(bits):
+@pytest.mark.parametrize("inputs", [77, 1001])
+def test_bits_depend_on_neither_the_path_nor_threads_nor_other_rows(bits, inputs):
     generator = torch.Generator().manual_seed(0)
-    codes, rows = random_codes(100, 77, bits, generator), torch.randn(130, 100, generator=generator)
+    codes, rows = random_codes(100, inputs, bits, generator), torch.randn(130, 100, generator=generator)
     scale = torch.rand(100, 1, generator=generator).half()
     expected = multiply(rows, codes, scale, bits)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 16):
         with threads(count):
             assert same_bits(multiply(rows, codes, scale, bits), expected)
     for name in library().paths():

@@ -1,4 +1,6 @@
 // Products by tables, on all threads.
+#include <algorithm>
+
 #include "api.h"
 #include "paths.h"
 #include "scratch.h"
@@ -7,11 +9,15 @@
 namespace fiftyfold {
 namespace {
 
+constexpr int64_t kLeastInputs = 256;
+
 int64_t groups(int64_t outputs, int32_t bits) {
   return bits == 1 ? Tables<1>::groups(outputs) : Tables<2>::groups(outputs);
 }
 
-int64_t group_bytes(int64_t inputs, int32_t bits) { return inputs * (bits == 1 ? Tables<1>::kTables : Tables<2>::kTables); }
+int64_t group_bytes(int64_t inputs, int32_t bits) {
+  return inputs * (bits == 1 ? Tables<1>::kTables : Tables<2>::kTables);
+}
 
 }  // namespace
 }  // namespace fiftyfold
@@ -33,11 +39,17 @@ void ff_multiply_rows(
     const uint16_t* scale, int32_t per_tensor, float* y) {
   using namespace fiftyfold;
   const RowsCall call{rows, tokens, outputs, inputs, entries, scale, per_tensor, bits, y};
+  const int64_t blocks = (tokens + kRows - 1) / kRows;
+  // Each part of the inputs fills all tables again, so there are no more parts than keep the threads at work.
+  const int64_t idle = (thread_count() + blocks - 1) / std::max<int64_t>(1, blocks);
+  const int64_t wanted = std::max<int64_t>(1, least(idle, inputs / kLeastInputs));
+  const int64_t part = ((inputs + wanted - 1) / wanted + 7) / 8 * 8, parts = (inputs + part - 1) / part;
   auto task = [&](int64_t t) {
     thread_local Scratch scratch;
-    const int64_t first = t * kRows, count = tokens - first < kRows ? tokens - first : kRows;
-    uint8_t* memory = scratch.reserve(static_cast<size_t>(rows_scratch(inputs)));
-    current_path().floats.multiply[bits - 1](call, first, count, reinterpret_cast<float*>(memory));
+    const int64_t row = t / parts * kRows, input = t % parts * part;
+    const Piece piece{row, least(kRows, tokens - row), input, least(part, inputs - input)};
+    uint8_t* memory = scratch.reserve(static_cast<size_t>(rows_scratch(part)));
+    current_path().floats.multiply[bits - 1](call, piece, reinterpret_cast<float*>(memory));
   };
-  for_each_task((tokens + kRows - 1) / kRows, task);
+  for_each_task(blocks * parts, task);
 }

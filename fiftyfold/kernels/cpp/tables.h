@@ -70,6 +70,13 @@ struct Tables {
   static int64_t groups(int64_t outputs) { return (outputs + kGroupOutputs - 1) / kGroupOutputs; }
 };
 
+// The rows and inputs whose products one thread computes at once.
+struct Piece {
+  int64_t first_row, rows;  // at most kRows
+  int64_t first_input, inputs;
+};
+
+// Bytes of a piece's scratch memory.
 inline int64_t rows_scratch(int64_t inputs) {
   constexpr int binary = Tables<1>::kTables * Tables<1>::kSize, ternary = Tables<2>::kTables * Tables<2>::kSize;
   return (inputs * kRows + (binary > ternary ? binary : ternary)) * 4;
@@ -102,14 +109,14 @@ static FF_INLINE void find_entries(
 
 // The entries of some rows for a group's outputs, scaled and transposed; zeros for what is not there.
 template <int kBits>
-static FF_INLINE void read_rows(const RowsCall& call, int64_t first, int64_t rows, int64_t group, float* values) {
+static FF_INLINE void read_rows(const RowsCall& call, const Piece& piece, int64_t group, float* values) {
   using T = Tables<kBits>;
   const int64_t begin = group * T::kGroupOutputs, left = call.outputs - begin;
   const int64_t outputs = left < T::kGroupOutputs ? left : T::kGroupOutputs;
-  const float* from = call.rows + first * call.outputs + begin;
+  const float* from = call.rows + piece.first_row * call.outputs + begin;
   const auto scale = [&](int64_t i) { return from_float16(call.scale[call.per_tensor ? 0 : begin + i]); };
   std::memset(values, 0, sizeof(float) * kRows * T::kGroupOutputs);
-  const int64_t whole = rows == kRows ? outputs / 8 * 8 : 0;
+  const int64_t whole = piece.rows == kRows ? outputs / 8 * 8 : 0;
   for (int64_t i = 0; i < whole; i += 8) {
     for (int64_t t = 0; t < kRows; t += 8) {
       EightFloats block[8];
@@ -117,18 +124,20 @@ static FF_INLINE void read_rows(const RowsCall& call, int64_t first, int64_t row
         block[k] = *reinterpret_cast<const UnalignedFloats*>(from + (t + k) * call.outputs + i);
       }
       transpose(block);
-      for (int k = 0; k < 8; k++) *reinterpret_cast<EightFloats*>(values + (i + k) * kRows + t) = block[k] * scale(i + k);
+      for (int k = 0; k < 8; k++) {
+        *reinterpret_cast<EightFloats*>(values + (i + k) * kRows + t) = block[k] * scale(i + k);
+      }
     }
   }
   for (int64_t i = whole; i < outputs; i++) {
-    for (int64_t t = 0; t < rows; t++) values[i * kRows + t] = from[t * call.outputs + i] * scale(i);
+    for (int64_t t = 0; t < piece.rows; t++) values[i * kRows + t] = from[t * call.outputs + i] * scale(i);
   }
 }
 
 // Writes some rows' sums, which lie transposed.
-static FF_INLINE void write_rows(const RowsCall& call, int64_t first, int64_t rows, const float* sums) {
-  float* y = call.y + first * call.inputs;
-  const int64_t whole = rows == kRows ? call.inputs / 8 * 8 : 0;
+static FF_INLINE void write_rows(const RowsCall& call, const Piece& piece, const float* sums) {
+  float* y = call.y + piece.first_row * call.inputs + piece.first_input;
+  const int64_t whole = piece.rows == kRows ? piece.inputs / 8 * 8 : 0;
   for (int64_t i = 0; i < whole; i += 8) {
     for (int64_t t = 0; t < kRows; t += 8) {
       EightFloats block[8];
@@ -137,8 +146,8 @@ static FF_INLINE void write_rows(const RowsCall& call, int64_t first, int64_t ro
       for (int k = 0; k < 8; k++) *reinterpret_cast<UnalignedFloats*>(y + (t + k) * call.inputs + i) = block[k];
     }
   }
-  for (int64_t i = whole; i < call.inputs; i++) {
-    for (int64_t t = 0; t < rows; t++) y[t * call.inputs + i] = sums[i * kRows + t];
+  for (int64_t i = whole; i < piece.inputs; i++) {
+    for (int64_t t = 0; t < piece.rows; t++) y[t * call.inputs + i] = sums[i * kRows + t];
   }
 }
 
@@ -188,47 +197,47 @@ static FF_INLINE void add_entries(const float* tables, const uint8_t* entries, f
   }
 }
 
-// Computes `rows` rows, at most kRows, from `first` on; `scratch` holds rows_scratch bytes.
+// Computes a piece; `scratch` holds the bytes that rows_scratch tells.
 template <int kBits, typename Floats>
-static FF_INLINE void multiply_rows(const RowsCall& call, int64_t first, int64_t rows, float* scratch) {
+static FF_INLINE void multiply_rows(const RowsCall& call, const Piece& piece, float* scratch) {
   using T = Tables<kBits>;
   constexpr int kInputs = 12 / kVectors<Floats>;  // whose sums fit into registers, and hide how long an addition takes
   alignas(64) float values[T::kGroupOutputs * kRows];
   float* sums = scratch;
-  float* tables = scratch + call.inputs * kRows;
-  std::memset(sums, 0, static_cast<size_t>(call.inputs) * kRows * sizeof(float));
+  float* tables = scratch + piece.inputs * kRows;
+  std::memset(sums, 0, static_cast<size_t>(piece.inputs) * kRows * sizeof(float));
   for (int64_t group = 0; group < T::groups(call.outputs); group++) {
-    read_rows<kBits>(call, first, rows, group, values);
+    read_rows<kBits>(call, piece, group, values);
     for (int table = 0; table < T::kTables; table++) {
       fill_table<kBits, Floats>(values + table * T::kOutputs * kRows, tables + table * T::kSize);
     }
-    const uint8_t* entries = call.entries + group * call.inputs * T::kTables;
+    const uint8_t* entries = call.entries + (group * call.inputs + piece.first_input) * T::kTables;
     int64_t k = 0;
-    for (; k + kInputs <= call.inputs; k += kInputs) {
+    for (; k + kInputs <= piece.inputs; k += kInputs) {
       add_entries<kBits, Floats, kInputs>(tables, entries + k * T::kTables, sums + k * kRows);
     }
-    for (; k < call.inputs; k++) add_entries<kBits, Floats, 1>(tables, entries + k * T::kTables, sums + k * kRows);
+    for (; k < piece.inputs; k++) add_entries<kBits, Floats, 1>(tables, entries + k * T::kTables, sums + k * kRows);
   }
-  write_rows(call, first, rows, sums);
+  write_rows(call, piece, sums);
 }
 
 // What an instruction set compiles of it; by bits, less one.
 struct TableProducts {
-  void (*multiply[2])(const RowsCall&, int64_t first, int64_t rows, float* scratch);
+  void (*multiply[2])(const RowsCall&, const Piece&, float* scratch);
   void (*find_entries[2])(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries);
 };
 
-#define FF_DEFINE_TABLE_PRODUCTS(target, Floats)                                                         \
-  template <int kBits>                                                                                   \
-  target static void multiply_by_tables(const RowsCall& call, int64_t first, int64_t rows, float* scratch) { \
-    multiply_rows<kBits, Floats>(call, first, rows, scratch);                                            \
-  }                                                                                                      \
-  template <int kBits>                                                                                   \
-  target static void find_group_entries(                                                                 \
-      const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries) {           \
-    find_entries<kBits>(codes, outputs, inputs, group, entries);                                         \
-  }                                                                                                      \
-  static const TableProducts kTableProducts{                                                             \
+#define FF_DEFINE_TABLE_PRODUCTS(target, Floats)                                                \
+  template <int kBits>                                                                          \
+  target static void multiply_by_tables(const RowsCall& call, const Piece& piece, float* scratch) { \
+    multiply_rows<kBits, Floats>(call, piece, scratch);                                         \
+  }                                                                                             \
+  template <int kBits>                                                                          \
+  target static void find_group_entries(                                                        \
+      const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries) {  \
+    find_entries<kBits>(codes, outputs, inputs, group, entries);                                \
+  }                                                                                             \
+  static const TableProducts kTableProducts{                                                    \
       {multiply_by_tables<1>, multiply_by_tables<2>}, {find_group_entries<1>, find_group_entries<2>}};
 
 }  // namespace fiftyfold
