@@ -3,7 +3,7 @@
 Random rows and weights of BERT-base's shapes; both kinds in turn in each round, ratios are medians over the rounds. A
 changed weight's entries are found anew after every optimizer step, so that is timed with the product. For example:
 
-    python benchmarks/table_product.py --threads 1 2
+    python benchmarks/table_product.py
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from fiftyfold.app.benchmark import processor_name
 from fiftyfold.kernels import training
+from fiftyfold.kernels.cpu import cpu_status
 from fiftyfold.kernels.table_product import find_entries, multiply_rows
 
 RESULTS = Path(__file__).parent / "results" / "table_product.json"
@@ -31,18 +32,19 @@ ROUNDS = 15
 def main() -> None:
     """Measure, print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    cells = []
-    for threads in parser.parse_args().threads:
-        torch.set_num_threads(threads)
-        every = itertools.product((1, 2), SHAPES, TOKENS)
-        cells += [measure_cell(tokens, *shape, bits, threads) for bits, shape, tokens in every]
-    result = {"machine": processor_name(), "torch": torch.__version__, "cells": cells}
+    parser.parse_args()
+    library = cpu_status().library
+    if library is None:
+        parser.error(f"there are no kernels here: {cpu_status().reason}")
+    every = itertools.product((1, 2), (1, 2), SHAPES, TOKENS)
+    cells = [measure_cell(tokens, *shape, bits, threads) for threads, bits, shape, tokens in every]
+    result = {"machine": processor_name(), "torch": torch.__version__, "path": library.path(), "cells": cells}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_cell(tokens: int, inputs: int, outputs: int, bits: int, threads: int) -> dict[str, object]:
     """Time both products."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     weight, rows = torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     quantized = training.quantize_weight(weight, bits=bits, groups=1, per_tensor=False, clip=None)

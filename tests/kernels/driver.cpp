@@ -7,12 +7,28 @@
 #include <vector>
 
 #include "api.h"
+#include "threads.h"
 
 namespace {
 
 std::mt19937 random_bits(1);
 
 int pick(int low, int high) { return low + static_cast<int>(random_bits() % static_cast<unsigned>(high - low + 1)); }
+
+// Work is cut into pieces for so many threads, which one does in turn.
+uint32_t threads = 1;
+
+void pretend_threads() {
+  fiftyfold::use_threads(
+      [](int64_t begin, int64_t end, int64_t, fiftyfold::RangeFunction function, void* context) {
+        for (int64_t i = begin; i < end; i++) function(i, i + 1, context);
+        return 0;
+      },
+      [](uint32_t* count) {
+        *count = threads;
+        return 0;
+      });
+}
 
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -152,7 +168,8 @@ bool check_rows(int bits, int tokens, int outputs, int inputs, bool per_tensor) 
         sum += rows[t * outputs + n] * half_to_float(scale[per_tensor ? 0 : n]) * codes[n * inputs + k];
       }
       if (sum != y[t * inputs + k]) {
-        std::printf("rows %d x %d x %d, %d bits: %.9g, not %.9g\n", tokens, outputs, inputs, bits, y[t * inputs + k], sum);
+        std::printf("%s: rows %d x %d x %d, %d bits, %u threads: %.9g, not %.9g\n", ff_path(), tokens, outputs, inputs,
+                    bits, threads, y[t * inputs + k], sum);
         return false;
       }
     }
@@ -165,9 +182,11 @@ bool check_rows(int bits, int tokens, int outputs, int inputs, bool per_tensor) 
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
   int failures = 0;
+  pretend_threads();
   for (int p = 0; ff_supported_path(p); p++) {
     ff_choose_path(ff_supported_path(p));
     for (int i = 0; i < cases; i++) {
+      threads = pick(0, 1) ? 1 : static_cast<uint32_t>(pick(2, 5));
       Case c{};
       c.groups = pick(0, 2) ? 1 : pick(2, 4);
       c.inputs = c.groups * pick(1, 200), c.outputs = pick(0, 3) ? pick(1, 140) : pick(250, 340);
@@ -192,7 +211,9 @@ int main(int count, char** arguments) {
       failures += !check_linear({37, 2100, 64, 1, bits, 16, false, true, false, false, false, false, false});
     }
     for (int i = 0; i < cases; i++) {
-      failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), pick(1, 300), pick(0, 1));
+      threads = static_cast<uint32_t>(pick(1, 8));
+      const int inputs = pick(0, 2) ? pick(0, 300) : pick(512, 900);
+      failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), inputs, pick(0, 1));
     }
     std::printf("%s checked\n", ff_path());
   }

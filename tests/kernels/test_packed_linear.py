@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from fiftyfold.kernels.operators import arrange_weight, packed_linear
+from fiftyfold.kernels.table_product import find_entries, multiply_rows
 from tests.kernels.examples import build, cases, random_codes, reference
 from tests.kernels.paths import library, path, same_bits, threads
 
@@ -118,24 +119,29 @@ def test_one_pool_of_threads():
     assert len({os.path.realpath(pool) for pool in pools}) <= 1
 
 
-def _product(x, weight, scale):
+def _packed(x, codes):
+    weight, scale = arrange_weight(codes, torch.ones(1, 1), 2)
     return packed_linear(x, weight, scale, bits=2)
 
 
-def _in_child(queue, x, weight, scale):
-    queue.put((library().threads(), _product(x, weight, scale).numpy()))
+def _by_tables(x, codes):
+    return multiply_rows(x, find_entries(codes, 2), torch.ones(1, 1).half(), 2, codes.shape[1])
 
 
-def test_a_forked_process_computes_alone():
+def _in_child(queue, product, x, codes):
+    queue.put((library().threads(), product(x, codes).numpy()))
+
+
+@pytest.mark.parametrize("product", [_packed, _by_tables])
+def test_a_forked_process_computes_alone(product):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 768, generator=generator)
-    weight, scale = arrange_weight(random_codes(768, 768, 2, generator), torch.ones(1, 1), 2)
+    x, codes = torch.randn(256, 768, generator=generator), random_codes(768, 768, 2, generator)
     library()
     with threads(2):
-        expected = _product(x, weight, scale)  # the parent's pool has threads now
+        expected = product(x, codes)  # the parent's pool has threads now
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
-        child = context.Process(target=_in_child, args=(queue, x, weight, scale))
+        child = context.Process(target=_in_child, args=(queue, product, x, codes))
         child.start()
         count, result = queue.get(timeout=60)
         child.join(60)

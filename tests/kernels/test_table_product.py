@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def multiply(rows, codes, scale, bits):
 @given(
     tokens=st.sampled_from([1, 2, 31, 32, 33, 70, 96]),
     outputs=st.sampled_from([1, 2, 3, 4, 5, 8, 23, 24, 25, 47, 48, 49, 130, 136]),
-    inputs=st.sampled_from([1, 2, 3, 4, 16, 17, 255, 256, 257, 300]),
+    inputs=st.sampled_from([0, 1, 2, 3, 4, 16, 17, 255, 256, 257, 300]),
     bits=st.sampled_from([1, 2]),
     per_tensor=st.booleans(),
     magnitude=st.sampled_from([0.0, 1e-42, 1e-20, 1.0, 1e20]),
@@ -71,10 +73,8 @@ def test_bits_depend_on_neither_the_path_nor_threads_nor_other_rows(bits, inputs
     codes, rows = random_codes(100, inputs, bits, generator), torch.randn(130, 100, generator=generator)
     scale = torch.rand(100, 1, generator=generator).half()
     expected = multiply(rows, codes, scale, bits)
-    for count in (1, 2, 3, 16):
-        with threads(count):
+    for name, count in itertools.product(library().paths(), (1, 2, 3, 16)):
+        with path(name), threads(count):
             assert same_bits(multiply(rows, codes, scale, bits), expected)
-    for name in library().paths():
-        with path(name):
-            assert same_bits(multiply(rows, codes, scale, bits), expected)
+            assert same_bits(multiply(rows[:20], codes, scale, bits), expected[:20])
     assert same_bits(multiply(rows[5:40], codes, scale, bits), expected[5:40])

@@ -171,7 +171,8 @@ static int64_t spin(int64_t rounds) {
 
 #undef FF_AMX
 
-static const Path kPath{"amx", kTokensAtOnce, avx512::quantize, {multiply<1>, multiply<2>}, spin, avx512::kTableProducts};
+static const Path kPath{
+    "amx", kTokensAtOnce, avx512::quantize, {multiply<1>, multiply<2>}, spin, avx512::kTableProducts};
 
 }  // namespace amx
 }  // namespace fiftyfold

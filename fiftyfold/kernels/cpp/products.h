@@ -113,7 +113,7 @@ struct Path {
                    int8_t* codes, float* scale, int32_t* sums);
   void (*multiply[2])(const UnitWork&);  // binary, ternary
   int64_t (*spin)(int64_t rounds);       // nothing but products, all in registers; how many operations, or null
-  TableProducts floats;
+  TableProducts floats;  // of float32 rows
   // Tables to multiply binary weights by, and the bytes that a row's take; null where products are quicker.
   void (*tabulate)(const int8_t* codes, int64_t inputs, uint8_t* tables) = nullptr;
   int64_t (*table_bytes)(int64_t inputs) = nullptr;

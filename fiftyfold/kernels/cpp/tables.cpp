@@ -9,7 +9,7 @@
 namespace fiftyfold {
 namespace {
 
-constexpr int64_t kLeastInputs = 256;
+constexpr int64_t kLeastInputs = 256;  // of a part, beside whose sums filling its tables costs little
 
 int64_t groups(int64_t outputs, int32_t bits) {
   return bits == 1 ? Tables<1>::groups(outputs) : Tables<2>::groups(outputs);
@@ -40,10 +40,11 @@ void ff_multiply_rows(
   using namespace fiftyfold;
   const RowsCall call{rows, tokens, outputs, inputs, entries, scale, per_tensor, bits, y};
   const int64_t blocks = (tokens + kRows - 1) / kRows;
-  // Each part of the inputs fills all tables again, so there are no more parts than keep the threads at work.
-  const int64_t idle = (thread_count() + blocks - 1) / std::max<int64_t>(1, blocks);
-  const int64_t wanted = std::max<int64_t>(1, least(idle, inputs / kLeastInputs));
-  const int64_t part = ((inputs + wanted - 1) / wanted + 7) / 8 * 8, parts = (inputs + part - 1) / part;
+  // Each part of the inputs fills all tables again, so there are no more parts than there are idle threads for.
+  const int64_t idle = thread_count() / std::max<int64_t>(1, blocks);
+  const int64_t most = std::max<int64_t>(1, least(idle, inputs / kLeastInputs));
+  const int64_t part = std::max<int64_t>(8, ((inputs + most - 1) / most + 7) / 8 * 8);
+  const int64_t parts = (inputs + part - 1) / part;
   auto task = [&](int64_t t) {
     thread_local Scratch scratch;
     const int64_t row = t / parts * kRows, input = t % parts * part;

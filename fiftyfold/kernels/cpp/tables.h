@@ -21,9 +21,10 @@ struct RowsCall {
 
 constexpr int kRows = 32;  // at once
 
-typedef float EightFloats __attribute__((vector_size(32), may_alias));
-typedef float SixteenFloats __attribute__((vector_size(64), may_alias));
-typedef float UnalignedFloats __attribute__((vector_size(32), may_alias, aligned(4)));
+// Vectors may be read and written where there are floats.
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef float SixteenFloats __attribute__((vector_size(64)));
+typedef float UnalignedFloats __attribute__((vector_size(32), aligned(4)));
 typedef int32_t EightNumbers __attribute__((vector_size(32)));
 
 template <typename Floats>
@@ -201,7 +202,8 @@ static FF_INLINE void add_entries(const float* tables, const uint8_t* entries, f
 template <int kBits, typename Floats>
 static FF_INLINE void multiply_rows(const RowsCall& call, const Piece& piece, float* scratch) {
   using T = Tables<kBits>;
-  constexpr int kInputs = 12 / kVectors<Floats>;  // whose sums fit into registers, and hide how long an addition takes
+  // Whose sums hide how long an addition takes, and fit into all registers but SSE's.
+  constexpr int kInputs = 12 / kVectors<Floats>;
   alignas(64) float values[T::kGroupOutputs * kRows];
   float* sums = scratch;
   float* tables = scratch + piece.inputs * kRows;
@@ -227,17 +229,17 @@ struct TableProducts {
   void (*find_entries[2])(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries);
 };
 
-#define FF_DEFINE_TABLE_PRODUCTS(target, Floats)                                                \
-  template <int kBits>                                                                          \
-  target static void multiply_by_tables(const RowsCall& call, const Piece& piece, float* scratch) { \
-    multiply_rows<kBits, Floats>(call, piece, scratch);                                         \
-  }                                                                                             \
-  template <int kBits>                                                                          \
-  target static void find_group_entries(                                                        \
-      const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries) {  \
-    find_entries<kBits>(codes, outputs, inputs, group, entries);                                \
-  }                                                                                             \
-  static const TableProducts kTableProducts{                                                    \
+#define FF_DEFINE_TABLE_PRODUCTS(target, Floats)                                                     \
+  template <int kBits>                                                                               \
+  target static void multiply_by_tables(const RowsCall& call, const Piece& piece, float* scratch) {  \
+    fiftyfold::multiply_rows<kBits, Floats>(call, piece, scratch);                                   \
+  }                                                                                                  \
+  template <int kBits>                                                                               \
+  target static void find_group_entries(                                                             \
+      const int8_t* codes, int64_t outputs, int64_t inputs, int64_t group, uint8_t* entries) {       \
+    fiftyfold::find_entries<kBits>(codes, outputs, inputs, group, entries);                          \
+  }                                                                                                  \
+  static constexpr TableProducts kTableProducts{                                                     \
       {multiply_by_tables<1>, multiply_by_tables<2>}, {find_group_entries<1>, find_group_entries<2>}};
 
 }  // namespace fiftyfold

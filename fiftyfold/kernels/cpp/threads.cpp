@@ -38,7 +38,8 @@ int thread_count() {
 
 void for_each_task(int64_t tasks, void (*function)(int64_t, void*), void* context) {
   Tasks all{function, context};
-  if (tasks <= 1 || !parallel_for || parallel_for(0, tasks, 1, run_range, &all) != 0) run_range(0, tasks, &all);
+  const bool alone = tasks <= 1 || !parallel_for || forked;
+  if (alone || parallel_for(0, tasks, 1, run_range, &all) != 0) run_range(0, tasks, &all);
 }
 
 }  // namespace fiftyfold
