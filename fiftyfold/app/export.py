@@ -31,7 +31,7 @@ def export(
     tokenizer: str | None = None,
     rest_dtype: Literal["float16", "float32"] = "float16",
     rest_bits: Literal[4, 8] | None = None,
-    rest_targets: list[str] | None = None,
+    rest_targets: list[str] | str | None = None,
     teacher: str | None = None,
     student: str | None = None,
     model: str | None = None,

@@ -51,10 +51,10 @@ def plan(
     keep: float | None = None,
     bond_dimension: int | None = None,
     cores: int = 3,
-    exclude: list[str] | None = None,
+    exclude: list[str] | str | None = None,
     weight_bits: Literal[1, 2, 3, 4, 8] | None = None,
     rest_bits: Literal[4, 8] | None = None,
-    rest_targets: list[str] | None = None,
+    rest_targets: list[str] | str | None = None,
     output: str | None = None,
 ) -> None:
     """Tell what a compression would come to, before anything is downloaded or trained.

@@ -6,11 +6,12 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+import torch
 from rich.progress import track
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,11 +61,11 @@ def profile(
     data: str,
     output: str | None = None,
     metric: Metric = "nats",
-    bond_dimensions: list[int] | None = None,
+    bond_dimensions: list[int] | int | None = None,
     cores: int = 3,
     split: Split = "even",
-    targets: list[str] | None = None,
-    exclude: list[str] | None = None,
+    targets: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
     tokens: int = 8192,
     window: int | None = None,
     batch_size: int = 8,
@@ -95,6 +96,7 @@ def profile(
     at_least_one("tokens", tokens)
     quiet_lightning()
     bonds = list(range(10, 100, 10)) if bond_dimensions is None else bond_dimensions
+    bonds = [bonds] if isinstance(bonds, int) else bonds
     for bond in bonds or [0]:
         check_arguments(cores, bond, None, split)
     loaded = load_language_model(model, "model", "causal")
@@ -112,6 +114,7 @@ def profile(
     options = {
         **{"model": model, "data": data, "metric": metric, "bond_dimensions": bonds, "cores": cores, "split": split},
         **{"layers": layers, "tokens": tokens, "window": length},
+        **{"weights": _digest(loaded.state_dict().values()), "text": _digest([text.row(_split(text))[:tokens]])},
         **{"document_separator": document_separator, "text_column": text_column},
     }
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
@@ -123,6 +126,9 @@ def profile(
         measure = _one_pass if metric == "output_error" else _one_at_a_time
         new = measure(loaded, text, missing, metric=metric, tokens=tokens)
         with (folder / CELLS_FILE).open("a", encoding="utf-8") as file:
+            if not done:
+                # Not before the first cell: what fails before it leaves the folder for other options.
+                new = _stamped(new, file, options)
             for cell in track(new, "Profiling", total=len(missing), transient=True):
                 file.write(json.dumps(asdict(cell)) + "\n")
                 file.flush()
@@ -218,30 +224,48 @@ def _form(layer: nn.Module, cores: int, bond: int, split: Split) -> NetworkForm:
     return low_rank_form(shape, bond) if split == "low_rank" else balanced_form(shape, cores, bond)
 
 
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stamp(options: dict[str, Any]) -> dict[str, str]:
+    return {"options": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()}
+
+
+def _stamped(cells: Iterable[Cell], file: TextIO, options: dict[str, Any]) -> Iterator[Cell]:
+    for number, cell in enumerate(cells):
+        if number == 0:
+            file.write(json.dumps(_stamp(options)) + "\n")
+        yield cell
+
+
 def _read_cells(path: Path, options: dict[str, Any]) -> list[Cell]:
     """Return the cells of an interrupted run; a line that it wrote only in part is cut off.
 
     Raises:
         FiftyfoldError: if the file is that of another profile.
     """
-    stamp = {"options": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
-        path.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+        os.truncate(path, 0)
         return []
     try:
         first, *cells = [json.loads(line) for line in whole.splitlines()]
         found = [Cell(**cell) for cell in cells]
     except (ValueError, TypeError, RecursionError) as error:
         raise FiftyfoldError(f"{path} is damaged ({error}); delete it to begin anew.") from error
-    if first != stamp:
+    if first != _stamp(options):
         raise FiftyfoldError(
-            f"{path.parent} holds a profile with other options; name another output folder, or delete that one."
+            f"{path.parent} holds a profile of another model or text, or with other options; name another output "
+            "folder, or delete that one."
         )
     for cell in found:
         ours = cell.layer in options["layers"] and cell.bond_dimension in options["bond_dimensions"]
         if not ours or not all(isinstance(number, float) for number in (cell.kept, cell.value, cell.change)):
             raise FiftyfoldError(f"{path} is damaged (at {cell.layer}); delete it to begin anew.")
-    os.truncate(path, len(whole))
+    os.truncate(path, len(whole) if found else 0)
     return found

@@ -66,14 +66,16 @@ def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckp
         The checkpoint to go on from, or None for a new run.
 
     Raises:
-        FiftyfoldError: if the folder holds a run with other options, a run that goes on just now, or something else.
+        FiftyfoldError: if the folder holds a run with other options that has come so far, a run that goes on just now,
+            or something else.
     """
     stamp, last = folder / "options.json", folder / "last.ckpt"
     if not stamp.is_file():
         claim_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(stamp, str(folder)):
-        _stamp_options(stamp, json.dumps(options, indent=2))
+        begun = last.is_file() or (folder / keeps).exists()
+        _stamp_options(stamp, json.dumps(options, indent=2), begun=begun)
         try:
             yield last if last.is_file() else None
         except BaseException:
@@ -83,9 +85,9 @@ def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckp
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stamp_options(stamp: Path, options: str) -> None:
+def _stamp_options(stamp: Path, options: str, *, begun: bool) -> None:
     found = stamp.read_text(encoding="utf-8")
-    if not found:
+    if not begun:
         stamp.write_text(options, encoding="utf-8")
     elif _chosen(found) != _chosen(options):
         raise FiftyfoldError(

@@ -124,7 +124,10 @@ class MatrixCompression(OperationCallback):
         """Refuse layers that do not exist, or that another callback would give other bits."""
         super().on_train_start(trainer, pl_module)
         root = compression_root(pl_module)
-        mine = set(find_matrices(root, self.arguments["targets"], self.arguments["exclude"]))
+        done = [entry["targets"] for entry in structure_log(root) if entry.get("by") == self.events[0].name]
+        # A resumed run's layers are no matrices any more.
+        chosen = done or [find_matrices(root, self.arguments["targets"], self.arguments["exclude"])]
+        mine = set(itertools.chain.from_iterable(chosen))
         for callback in operation_callbacks(trainer) if self._has_few_bits else ():
             if isinstance(callback, QuantizationAwareTraining) and (both := mine & callback.targets_in(root)):
                 raise FiftyfoldError(

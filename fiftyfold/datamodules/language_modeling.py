@@ -106,6 +106,8 @@ class LanguageModelingDataModule(LightningDataModule):
         self.cache_folder = Path(cache_dir) if cache_dir else user_cache_folder()
         self._tokenizer = tokenizer
         self._sequence_length = None if sequence_length is None else at_least_one("sequence_length", sequence_length)
+        if self._sequence_length == 1:
+            raise FiftyfoldError("a sequence of 1 token predicts nothing; it takes at least 2.")
         self._found_sources: dict[str, TextSource] | None = None
         self._documents: dict[str, list[Tokens]] = {}
         self._sequences: dict[str, PackedSequences] = {}

@@ -103,7 +103,7 @@ def profiled_matrices(model: nn.Module, targets: str | Sequence[str], exclude: S
     names = []
     for name in find_matrices(model, targets, exclude):
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Embedding) and id(layer.weight) not in seen:
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer.weight) not in seen:
             seen.add(id(layer.weight))
             names.append(name)
     if not names:

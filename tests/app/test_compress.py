@@ -150,9 +150,23 @@ def test_an_unfinished_run_with_other_options_is_not_overwritten(
 ) -> None:
     (place / "small.work").mkdir()
     (place / "small.work" / "options.json").write_text("{}")
+    (place / "small.work" / "last.ckpt").write_bytes(b"")
     assert main(COMMAND) == 1
     assert "other options" in capsys.readouterr().err
     assert (place / "small.work" / "options.json").read_text() == "{}"
+
+
+def test_a_run_that_was_killed_before_it_had_made_anything_leaves_its_folder_to_another(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_to_train(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(road, "train", begin_to_train)
+    (place / "small.work").mkdir()
+    (place / "small.work" / "options.json").write_text('{"epochs": 77}')
+    assert main(COMMAND) == 130
+    assert not (place / "small.work").exists()
 
 
 def test_an_unfinished_run_of_a_version_with_fewer_options_goes_on(

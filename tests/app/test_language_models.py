@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fiftyfold
@@ -186,7 +187,7 @@ def test_a_plan_leaves_out_the_layers_that_a_recipe_leaves_out(place: Path) -> N
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "output_error"])
-def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, monkeypatch) -> None:
+def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, monkeypatch, capsys) -> None:
     from fiftyfold.app import profile
 
     words = ["profile", "teacher", "--data", "data", "--metric", metric, "--bond_dimensions", "[2,8]"]
@@ -224,19 +225,44 @@ def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, mo
     assert main([*words[:-1], "60"]) == 1, "other options"
     assert main([*words, "--document_separator", "w1"]) == 1, "other documents"
     assert main([*words[:-1], "0"]) == 1, "no text"
+    for changed in (next(Path("data").glob("valid*")), Path("teacher/model.safetensors")):
+        change(changed)
+        assert main(words) == 1, f"another {changed}"
+        assert "another model or text" in capsys.readouterr().err
+
+
+def change(file: Path) -> None:
+    """Alter a text's order, or a model's weights."""
+    if file.suffix == ".txt":
+        file.write_text("\n".join(reversed(file.read_text().split("\n"))))
+    else:
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_profile_that_fails_before_its_first_cell_leaves_its_folder(place: Path, capsys) -> None:
+    words = ["profile", "teacher", "--data", "data", "--bond_dimensions", "2", "--targets", "layers.0.mlp.up"]
+    words += ["--output", "out"]
+    assert main([*words, "--tokens", "1"]) == 1
+    assert main([*words, "--tokens", "120"]) == 0
+    assert "1 cells" in capsys.readouterr().out
+
+
+def test_what_is_compressed_already_is_not_profiled(place: Path, capsys) -> None:
+    assert main(["tensorize", "teacher", "--data", "data", "--keep", "0.5", "--epochs", "0", "--output", "small"]) == 0
+    assert main(["profile", "small", "--data", "data", "--bond_dimensions", "2", "--tokens", "120"]) == 1
+    assert "no dense linear layer to profile" in capsys.readouterr().err
 
 
 def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, monkeypatch) -> None:
     from dataclasses import asdict
 
-    from fiftyfold.app.profile import Cell, _read_cells
+    from fiftyfold.app.profile import Cell, _read_cells, _stamp
 
     file, cell = tmp_path / "cells.jsonl", Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
     options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
     file.touch()
     assert _read_cells(file, options) == []
-    with file.open("a") as cells:
-        cells.write(json.dumps(asdict(cell)) + '\n{"layer": "model.la')
+    file.write_text(json.dumps(_stamp(options)) + "\n" + json.dumps(asdict(cell)) + '\n{"layer": "model.la')
 
     def refuse(*args, **kwargs):
         raise AssertionError("a kill here would lose all cells")
@@ -252,14 +278,11 @@ def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, mon
 def test_a_profiles_altered_cell_is_named(change: dict[str, object], tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    from fiftyfold.app.profile import Cell, _read_cells
+    from fiftyfold.app.profile import Cell, _read_cells, _stamp
 
     options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
     file, cell = tmp_path / "cells.jsonl", asdict(Cell("layer", 2, 0.5, "nats", 1.0, 0.1))
-    file.touch()
-    _read_cells(file, options)
-    with file.open("a") as cells:
-        cells.write(json.dumps(cell | change) + "\n")
+    file.write_text(json.dumps(_stamp(options)) + "\n" + json.dumps(cell | change) + "\n")
     with pytest.raises(fiftyfold.FiftyfoldError, match="is damaged"):
         _read_cells(file, options)
 

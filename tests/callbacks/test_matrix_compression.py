@@ -20,7 +20,7 @@ from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.structure import compression_root, structure_log
 from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
 from tests.ranks import run_on_ranks
-from tests.strangers import BertUser, OddUser, assert_same_tensors, make_trainer
+from tests.strangers import BertUser, OddUser, assert_same_tensors, assert_same_training, make_trainer
 from tests.tiny import tiny_batch
 
 
@@ -166,6 +166,19 @@ def test_what_has_few_bits_is_told_of(caplog):
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer([MatrixCompression(0.3, batches=2, whole_bits=(3,))]).fit(OddUser())
     assert "compressed 12 layers (12 of them whole, in few bits) to 2" in caplog.text
+
+
+def test_a_run_goes_on_in_which_every_matrix_stayed_whole(tmp_path):
+    def callbacks():
+        return [MatrixCompression(0.3, batches=2, whole_bits=(3,), start=2)]
+
+    whole = make_trainer(callbacks(), tmp_path)
+    whole.fit(OddUser())
+    assert not any(isinstance(layer, TensorNetworkLayer) for layer in whole.lightning_module.modules())
+    for step in (1, 3, 6):
+        resumed = make_trainer(callbacks())
+        resumed.fit(OddUser(seed=1), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert_same_training(whole, resumed, f"resumed from step {step}")
 
 
 def test_what_is_compressed_already_is_not_compressed_again(tmp_path):

@@ -15,6 +15,7 @@ from fiftyfold.modules.quantization.targets import named_layers
 from fiftyfold.modules.sizes import SCALE_BYTES
 from fiftyfold.modules.tensor_network.allocation import Option, allocate
 from fiftyfold.modules.tensor_network.families import largest_rank, low_rank_curve
+from fiftyfold.modules.tensor_network.form import low_rank_form
 from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
@@ -97,6 +98,8 @@ def _options(shape: tuple[int, int], costs: torch.Tensor, dense: float, keep: fl
     shares = [keep * _SPREAD ** (step / _STEPS) for step in range(-_STEPS, _STEPS + 1)]
     ranks = {share: largest_rank(shape, share * dense, bits) for share in shares if share < 1}
     found = [Option(share * dense, float(costs[rank])) for share, rank in ranks.items() if rank]
+    if not ranks[shares[0]]:
+        found.insert(0, Option(low_rank_form(shape, 1).with_gauge("fixed").stored_bytes(bits), float(costs[1])))
     return [*found, Option(dense, 0.0)] if keep * _SPREAD >= 1 or not found else found
 
 

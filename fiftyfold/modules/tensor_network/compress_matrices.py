@@ -243,7 +243,7 @@ def plan_compression(
             whole_bits=plan.whole_bits,
         )
         student, results, orders = _compressed_copy(model, names, found, sizes, plan)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
         raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
     finally:
         for module, mode in modes.items():

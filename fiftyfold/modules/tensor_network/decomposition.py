@@ -143,7 +143,7 @@ def check_finite(matrix: torch.Tensor) -> None:
         FiftyfoldError: if it has any.
     """
     if not bool(matrix.isfinite().all()):
-        raise FiftyfoldError("the weight has entries that are not finite; the training has diverged.")
+        raise FiftyfoldError("the weight has entries that are not finite; a training diverged, or a file is damaged.")
 
 
 def as_memory_error(error: BaseException, shape: tuple[int, ...]) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ def even_factors(size: int, count: int) -> tuple[int, ...]:
     return min(_factorizations(size, count, 1), key=lambda factors: (sum(factors), factors))
 
 
+@functools.cache
 def site_factors(size: int, count: int) -> tuple[int, ...]:
     """Return ``count`` even factors whose product is ``size`` or, where that has no even ones, a little more.
 

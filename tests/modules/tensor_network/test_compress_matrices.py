@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -208,3 +209,26 @@ def test_weights_that_are_no_numbers_are_refused():
     model.bert.encoder.layer[2].output.dense.weight.data[0, 0] = math.nan
     with pytest.raises(FiftyfoldError, match=r"layer\.2\.output.*not finite"):
         compress_matrices(model, TEXT)
+
+
+def test_a_budget_that_cannot_be_met_is_told_with_the_least_that_can():
+    model = tiny_model("bert")
+    with pytest.raises(FiftyfoldError, match="cannot be met") as refused:
+        compress_matrices(model, TEXT, 0.001)
+    budget, least = map(int, re.findall(r"\d+", str(refused.value)))
+    keep = 0.001 * least / budget
+    with pytest.raises(FiftyfoldError, match=f"smallest forms take {least};"):
+        compress_matrices(model, TEXT, 0.9 * keep)
+    assert compress_matrices(model, TEXT, 1.1 * keep)
+
+
+@pytest.mark.parametrize("function", ["svd", "eigh"])
+def test_out_of_memory_is_told_in_a_sentence(function, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    model = tiny_model("bert")
+    monkeypatch.setattr(torch.linalg, function, fail)
+    with pytest.raises(FiftyfoldError, match="memory does not suffice"):
+        compress_matrices(model, TEXT, 0.5)
+    assert not structure_log(model)
