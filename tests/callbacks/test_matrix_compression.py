@@ -170,7 +170,7 @@ def test_what_has_few_bits_is_told_of(caplog):
 
 def test_a_run_goes_on_in_which_every_matrix_stayed_whole(tmp_path):
     def callbacks():
-        return [MatrixCompression(0.3, batches=2, whole_bits=(3,), start=2)]
+        return [MatrixCompression(0.3, batches=2, whole_bits=(3,), targets=r"layers\.", start=2)]
 
     whole = make_trainer(callbacks(), tmp_path)
     whole.fit(OddUser())
