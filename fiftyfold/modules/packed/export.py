@@ -231,7 +231,8 @@ def _check_outputs(expected: list[torch.Tensor] | None, outputs: list[torch.Tens
     if not difference <= _LARGEST_RELATIVE_DIFFERENCE * scale:
         raise FiftyfoldError(
             f"the reloaded model's outputs differ by {difference:.2g} from the model's; nothing was exported. "
-            "Does its forward depend on more than its parameters and buffers?"
+            "Does its forward depend on more than its parameters and buffers? Was it cast by .to(), which also rounds "
+            "buffers that no file keeps? Then open it with dtype=... instead."
         )
 
 

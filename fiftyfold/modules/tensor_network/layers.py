@@ -165,7 +165,7 @@ class TensorNetworkLinear(TensorNetworkLayer):
         flat = x.reshape(-1, columns)
         first, *others = [contract(flat, cores, rows) for cores in self.networks()]
         output = sum(others, first)
-        output = output if self.bias is None else output + self.bias
+        output = output if self.bias is None else output + self.bias.to(output.dtype)  # autocast's, if that is on
         return output.view(*x.shape[:-1], rows)
 
     def _rebuild_and_multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -274,3 +274,15 @@ def test_the_folder_fails_without_the_plugin(tmp_path):
     del config.quantization_config
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path / "out", config=config)
+
+
+@pytest.mark.parametrize("tokens", [3, 3000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_under_autocast_it_computes_in_the_type_that_a_dense_layer_does(tokens, bias):
+    model = nn.Sequential(nn.Linear(64, 96, bias=bias))
+    tensorize(model, 2, 5)
+    x = torch.randn(tokens, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), model(x), atol=0.05, rtol=0.05)
