@@ -23,6 +23,7 @@ from fiftyfold.modules import prune_layers, quantize, quantize_bitsandbytes, red
 from fiftyfold.modules.layer_stack import find_layer_stack, layer_stack
 from fiftyfold.modules.quantization.bitsandbytes_layers import Bits
 from fiftyfold.modules.sizes import Size, model_size
+from fiftyfold.modules.structure import structure_log
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def plan(
     """
     if output is not None and Path(output).exists():
         raise FiftyfoldError(f"{output} is there already; name another file.")
+    if keep is not None and bond_dimension is not None:
+        raise FiftyfoldError("keep and bond_dimension both tell how large networks are; give one of them.")
     steps: list[tuple[str, Callable[[nn.Module], object]]] = []
     if layers != "all":
         steps.append(("layers reduced", lambda m: reduce_layers(m, layers, keep_layers)))
@@ -109,7 +112,8 @@ def make_plan(
     ]
     for name, step in steps:
         step(model)
-        rows.append(_row(name, "float16", model_size(model)))
+        quantized = any(entry["op"] == "quantize" for entry in structure_log(model))
+        rows.append(_row(name, "mixed" if quantized else "float16", model_size(model)))
     if rest_bits is not None:
         targets: Any = "." if rest_targets is None else rest_targets
         quantize_bitsandbytes(model, rest_bits, targets=targets)
