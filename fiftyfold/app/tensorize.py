@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
+from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel
 
 from fiftyfold.app.road import put_in_place, show, weights_bytes
@@ -35,6 +38,7 @@ from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linea
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.tensor_network.budget import Allocation
 from fiftyfold.modules.tensor_network.layers import network_layers
+from fiftyfold.modules.tensor_network.sensitivity import Report
 from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
 
 WHOLE_BITS = (3, 4, 8)
@@ -290,12 +294,29 @@ def _decompose(
         arguments: dict[str, Any] = {"allocation": recipe.allocation}
         if recipe.core_bits is not None:
             arguments |= {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
-        compress_matrices(student, _calibration(text), recipe.keep, exclude=recipe.exclude, **arguments)
+        with _shown() as report:
+            compress_matrices(
+                student, _calibration(text), recipe.keep, exclude=recipe.exclude, report=report, **arguments
+            )
     else:
         tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
     if recipe.rest_bits is not None and not dense_linears(student):
         raise FiftyfoldError("tensor networks leave no dense linear layer: leave rest_bits out, or exclude layers.")
     export(student, folder, tokenizer=text.tokenizer, rest_dtype="float32")
+
+
+@contextmanager
+def _shown() -> Iterator[Report]:
+    """Show a bar for each kind of work."""
+    with Progress(transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(f"Matrices {what}", total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield report
 
 
 def _calibration(text: LanguageModelingDataModule) -> list[dict[str, torch.Tensor]]:

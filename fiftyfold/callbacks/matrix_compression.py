@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import distributed as dist
 from torch import nn
@@ -174,7 +175,7 @@ class MatrixCompression(OperationCallback):
         calls = [call for each in found for call in _demand(each)[1]]
         exact = [f"^{re.escape(name[len(part) + 1 :] if part else name)}$" for name in names]
         arguments: CompressionArguments = {**self.arguments, "targets": exact, "exclude": ()}
-        return part, plan_compression(_part(root, part), calls, self.keep, **arguments)
+        return part, plan_compression(_part(root, part), calls, self.keep, report=_tell, **arguments)
 
 
 def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], object]]:
@@ -183,6 +184,12 @@ def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], ob
     for index, batch in enumerate(batches):
         given = trainer.strategy.batch_to_device(batch)
         yield functools.partial(step, given, index) if counted else functools.partial(step, given)
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    """Log at each tenth that compressing goes on, while the run stands still."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        rank_zero_info(f"MatrixCompression: {what} {done} of {total} matrices.")
 
 
 def _attempt(find: Callable[[], _Found]) -> _Found | FiftyfoldError:

@@ -166,6 +166,7 @@ def test_what_has_few_bits_is_told_of(caplog):
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer([MatrixCompression(0.3, batches=2, whole_bits=(3,))]).fit(OddUser())
     assert "compressed 12 layers (12 of them whole, in few bits) to 2" in caplog.text
+    assert "MatrixCompression: compressed 12 of 12 matrices." in caplog.text
 
 
 def test_a_run_goes_on_in_which_every_matrix_stayed_whole(tmp_path):

@@ -20,7 +20,7 @@ from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
 from fiftyfold.modules.tensor_network.objective import least_squares
-from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
+from fiftyfold.modules.tensor_network.sensitivity import Report, measured_sensitivity, silent
 
 Allocation = Literal["model", "outputs", "uniform"]
 """``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time.
@@ -49,6 +49,7 @@ def spread_bytes(
     allocation: Allocation,
     bits: int,
     whole_bits: Sequence[int] = (),
+    report: Report = silent,
 ) -> dict[str, float]:
     """Return the bytes that each matrix may take.
 
@@ -60,6 +61,7 @@ def spread_bytes(
         allocation: how the bytes are spread.
         bits: of one number of a network.
         whole_bits: in which a matrix may stay whole.
+        report: is told of each matrix, where the whole model is measured.
 
     Raises:
         FiftyfoldError: if the budget cannot be met.
@@ -82,7 +84,7 @@ def spread_bytes(
     weights = dict.fromkeys(names, 1.0)
     if allocation == "model":
         ranks = {name: largest_rank(shapes[name], keep * dense[name], bits) for name in names}
-        weights = measured_sensitivity(model, batches, curves, ranks)
+        weights = measured_sensitivity(model, batches, curves, ranks, report)
     options = [
         [
             *_options(shapes[name], (curves[name] + rounding[name]) * weights[name], dense[name], keep, bits),

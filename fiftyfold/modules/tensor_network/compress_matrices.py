@@ -33,7 +33,7 @@ from fiftyfold.modules.tensor_network.families import FAMILIES, Family, has_chai
 from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_of, matrix_shape
 from fiftyfold.modules.tensor_network.moments import Batch, call_order, check_batches, collect_moments
-from fiftyfold.modules.tensor_network.sensitivity import outputs_of
+from fiftyfold.modules.tensor_network.sensitivity import Report, outputs_of, silent
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import install_networks, network_operation, read_forms
@@ -60,6 +60,7 @@ def compress_matrices(
     exclude: Targets = (),
     step: int = 0,
     optimizer: Optimizer | None = None,
+    report: Report = silent,
 ) -> dict[str, CompressedMatrix]:
     """Replace weight matrices by the tensor networks that change the layers' outputs least on calibration text.
 
@@ -86,6 +87,7 @@ def compress_matrices(
         step: the optimizer step at which this happens, for the log.
         optimizer: the optimizer that trains the model, if there is one; the new parameters enter the groups of those
             that they replace.
+        report: is called as the matrices are weighed and compressed, which takes hours for a large model.
 
     Returns:
         What became of each matrix, by name.
@@ -106,6 +108,7 @@ def compress_matrices(
         sweeps=sweeps,
         targets=targets,
         exclude=exclude,
+        report=report,
     )
     optimizers = [] if optimizer is None else [optimizer]
     apply_operation(model, compression.operation(step), optimizers)
@@ -218,6 +221,8 @@ def plan_compression(
     model: nn.Module,
     batches: Iterable[Batch],
     keep: float = 0.3,
+    *,
+    report: Report = silent,
     **arguments: Unpack[CompressionArguments],
 ) -> Compression:
     """Find what :func:`compress_matrices` would carry out, and change nothing.
@@ -241,8 +246,9 @@ def plan_compression(
             allocation=plan.allocation,
             bits=plan.factor_bits,
             whole_bits=plan.whole_bits,
+            report=report,
         )
-        student, results, orders = _compressed_copy(model, names, found, sizes, plan)
+        student, results, orders = _compressed_copy(model, names, found, sizes, plan, report=report)
     except (MemoryError, RuntimeError) as error:
         raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
     finally:
@@ -282,6 +288,8 @@ def _compressed_copy(
     batches: Sequence[Batch],
     sizes: Mapping[str, float],
     plan: Plan,
+    *,
+    report: Report,
 ) -> tuple[nn.Module, dict[str, CompressedMatrix], ChannelOrders]:
     student = copy.deepcopy(model)
     layers = dict(named_layers(student))
@@ -305,6 +313,7 @@ def _compressed_copy(
             if (order := orders.columns.get(name)) is not None:
                 known = known.reordered(order, both=source is model)
             results[name] = compress_matrix(layers[name], known, sizes[name], plan)
+            report("compressed", len(results), len(names))
     return student, {name: results[name] for name in names}, orders
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from fiftyfold.modules.tensor_network.layers import matrix_of
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, call, collect_moments
 from fiftyfold.modules.tensor_network.solvers import principal_outputs
+
+Report = Callable[[str, int, int], object]
+"""Is called as long work goes on: with what is done to the matrices, for how many it is done, and of how many."""
 
 _BATCHES = 4
 _MOST_LOGITS = 2**26
@@ -37,9 +40,17 @@ class Outputs:
     are_logits: bool
 
 
+def silent(_: str, __: int, ___: int) -> None:
+    """Report nothing."""
+
+
 @torch.no_grad()
 def measured_sensitivity(
-    model: nn.Module, batches: Sequence[Batch], curves: Mapping[str, torch.Tensor], ranks: Mapping[str, int]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    curves: Mapping[str, torch.Tensor],
+    ranks: Mapping[str, int],
+    report: Report = silent,
 ) -> dict[str, float]:
     """Return, for each matrix, the model's deviation over the squared relative error that caused it.
 
@@ -52,6 +63,7 @@ def measured_sensitivity(
         batches: calibration text, of which a few batches are used.
         curves: squared relative error by rank for each matrix.
         ranks: at which the matrix is measured.
+        report: is told of each matrix.
 
     Raises:
         FiftyfoldError: if no matrix's error makes any difference.
@@ -75,6 +87,7 @@ def measured_sensitivity(
         finally:
             handle.remove()
         weights[name] = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+        report("weighed", len(weights), len(curves))
     if not any(weights.values()):
         raise FiftyfoldError(
             "no matrix's error moves the model's first output on the calibration text, so that nothing tells how to "

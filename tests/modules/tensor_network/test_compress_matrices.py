@@ -232,3 +232,10 @@ def test_out_of_memory_is_told_in_a_sentence(function, monkeypatch):
     with pytest.raises(FiftyfoldError, match="memory does not suffice"):
         compress_matrices(model, TEXT, 0.5)
     assert not structure_log(model)
+
+
+def test_each_matrix_is_reported():
+    model, told = tiny_model("bert"), []
+    results = compress_matrices(model, TEXT, 0.5, report=lambda *words: told.append(words))
+    count = len(results)
+    assert told == [(what, done, count) for what in ("weighed", "compressed") for done in range(1, count + 1)]
