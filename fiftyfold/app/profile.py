@@ -6,10 +6,10 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from rich.progress import track
@@ -126,10 +126,10 @@ def profile(
         measure = _one_pass if metric == "output_error" else _one_at_a_time
         new = measure(loaded, text, missing, metric=metric, tokens=tokens)
         with (folder / CELLS_FILE).open("a", encoding="utf-8") as file:
-            if not done:
-                # Not before the first cell: what fails before it leaves the folder for other options.
-                new = _stamped(new, file, options)
             for cell in track(new, "Profiling", total=len(missing), transient=True):
+                if not done:
+                    # Not before: what fails without a cell leaves the folder for other options.
+                    file.write(json.dumps(_stamp(options)) + "\n")
                 file.write(json.dumps(asdict(cell)) + "\n")
                 file.flush()
                 done.append(cell)
@@ -233,13 +233,6 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 
 def _stamp(options: dict[str, Any]) -> dict[str, str]:
     return {"options": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()}
-
-
-def _stamped(cells: Iterable[Cell], file: TextIO, options: dict[str, Any]) -> Iterator[Cell]:
-    for number, cell in enumerate(cells):
-        if number == 0:
-            file.write(json.dumps(_stamp(options)) + "\n")
-        yield cell
 
 
 def _read_cells(path: Path, options: dict[str, Any]) -> list[Cell]:

@@ -122,7 +122,8 @@ def tensorize_command(
 ) -> None:
     """Turn a language model's matrices into tensor networks, heal it on text, quantize, export, and print one table.
 
-    Ctrl-C or a crash loses little: the same command goes on where the run stopped.
+    Ctrl-C or a crash while it heals loses little: the same command goes on where the run stopped. One while matrices
+    are compressed loses what is done of that.
 
     Args:
         model: a folder or a hub id.

@@ -66,7 +66,7 @@ def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckp
         The checkpoint to go on from, or None for a new run.
 
     Raises:
-        FiftyfoldError: if the folder holds a run with other options that has come so far, a run that goes on just now,
+        FiftyfoldError: if the folder holds a run with other options that made something, a run that goes on just now,
             or something else.
     """
     stamp, last = folder / "options.json", folder / "last.ckpt"
