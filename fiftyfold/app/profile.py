@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import csv
-import hashlib
+import functools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from rich.progress import track
 from torch import nn
 from transformers import PreTrainedModel
 
 from fiftyfold.app.evaluate import longest_window, score_text
+from fiftyfold.app.progress import shown
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.datamodules.glue import at_least_one
-from fiftyfold.errors import FiftyfoldError
-from fiftyfold.file_lock import sole_writer
+from fiftyfold.modules.journal import number, open_journal
 from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error, profiled_matrices
 from fiftyfold.modules.pretrained import load_language_model
 from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form
@@ -29,9 +26,6 @@ from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
 
 Metric = Literal["nats", "perplexity", "accuracy", "output_error"]
-
-CELLS_FILE = "cells.jsonl"
-"""One line for each cell that is done; what an interrupted run goes on from."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,8 @@ def profile(
 ) -> None:
     """Tensorize one matrix at a time, measure the model, and write a table and a heat-map.
 
-    Ctrl-C or a crash loses one cell: the same command goes on where it stopped.
+    Ctrl-C or a crash loses one cell: the same command goes on where it stopped, and one with more bond dimensions or
+    matrices measures only those.
 
     Args:
         model: a folder or a hub id.
@@ -96,7 +91,7 @@ def profile(
     at_least_one("tokens", tokens)
     quiet_lightning()
     bonds = list(range(10, 100, 10)) if bond_dimensions is None else bond_dimensions
-    bonds = [bonds] if isinstance(bonds, int) else bonds
+    bonds = [bonds] if isinstance(bonds, int) else sorted(bonds)
     for bond in bonds or [0]:
         check_arguments(cores, bond, None, split)
     loaded = load_language_model(model, "model", "causal")
@@ -112,30 +107,24 @@ def profile(
     layers = profiled_matrices(loaded, "default" if targets is None else targets, exclude or ())
     forms = {(name, bond): _form(loaded.get_submodule(name), cores, bond, split) for name in layers for bond in bonds}
     options = {
-        **{"model": model, "data": data, "metric": metric, "bond_dimensions": bonds, "cores": cores, "split": split},
-        **{"layers": layers, "tokens": tokens, "window": length},
-        **{"weights": _digest(loaded.state_dict().values()), "text": _digest([text.row(_split(text))[:tokens]])},
-        **{"document_separator": document_separator, "text_column": text_column},
+        **{"model": model, "data": data, "metric": metric, "cores": cores, "split": split},
+        **{"tokens": tokens, "window": length, "document_separator": document_separator, "text_column": text_column},
     }
+    measured = {"weights": loaded.state_dict(), "text": text.row(_split(text))[:tokens]}
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    with sole_writer(folder / CELLS_FILE, str(folder)):
-        done = _read_cells(folder / CELLS_FILE, options)
-        places = {(cell.layer, cell.bond_dimension) for cell in done}
-        missing = {place: form for place, form in forms.items() if place not in places}
+    with open_journal(folder, {**options, **measured}, "a profile") as journal:
+        missing = {place: form for place, form in forms.items() if _key(*place) not in journal}
         measure = _one_pass if metric == "output_error" else _one_at_a_time
-        new = measure(loaded, text, missing, metric=metric, tokens=tokens)
-        with (folder / CELLS_FILE).open("a", encoding="utf-8") as file:
-            for cell in track(new, "Profiling", total=len(missing), transient=True):
-                if not done:
-                    # Not before: what fails without a cell leaves the folder for other options.
-                    file.write(json.dumps(_stamp(options)) + "\n")
-                file.write(json.dumps(asdict(cell)) + "\n")
-                file.flush()
-                done.append(cell)
-        done.sort(key=lambda cell: (layers.index(cell.layer), cell.bond_dimension))
-        write_profile(folder, options, done)
-    print(f"{folder}: {len(done)} cells in profile.csv, profile.json and profile.png")
+        with shown("Cells") as report:
+            new = measure(loaded, text, missing, metric=metric, tokens=tokens)
+            for done, cell in enumerate(new, len(forms) - len(missing) + 1):
+                journal.add(_key(cell.layer, cell.bond_dimension), asdict(cell))
+                report("measured", done, len(forms))
+        cells = [
+            journal.read(_key(*place), functools.partial(_read_cell, place=place, metric=metric)) for place in forms
+        ]
+        write_profile(folder, {**options, "layers": layers, "bond_dimensions": bonds}, cells)
+    print(f"{folder}: {len(cells)} cells in profile.csv, profile.json and profile.png")
 
 
 def write_profile(folder: Path, options: dict[str, Any], cells: Sequence[Cell]) -> None:
@@ -224,41 +213,20 @@ def _form(layer: nn.Module, cores: int, bond: int, split: Split) -> NetworkForm:
     return low_rank_form(shape, bond) if split == "low_rank" else balanced_form(shape, cores, bond)
 
 
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _key(layer: str, bond_dimension: int) -> str:
+    return f"{layer} at {bond_dimension}"
 
 
-def _stamp(options: dict[str, Any]) -> dict[str, str]:
-    return {"options": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()}
-
-
-def _read_cells(path: Path, options: dict[str, Any]) -> list[Cell]:
-    """Return the cells of an interrupted run; a line that it wrote only in part is cut off.
+def _read_cell(values: Any, place: tuple[str, int], metric: Metric) -> Cell:
+    """Return a cell that an interrupted run, or one of another sweep, left.
 
     Raises:
-        FiftyfoldError: if the file is that of another profile.
+        ValueError: if it is not that of this place.
+        TypeError: if it is no cell.
     """
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if not whole:
-        os.truncate(path, 0)
-        return []
-    try:
-        first, *cells = [json.loads(line) for line in whole.splitlines()]
-        found = [Cell(**cell) for cell in cells]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FiftyfoldError(f"{path} is damaged ({error}); delete it to begin anew.") from error
-    if first != _stamp(options):
-        raise FiftyfoldError(
-            f"{path.parent} holds a profile of another model or text, or with other options; name another output "
-            "folder, or delete that one."
-        )
-    for cell in found:
-        ours = cell.layer in options["layers"] and cell.bond_dimension in options["bond_dimensions"]
-        if not ours or not all(isinstance(number, float) for number in (cell.kept, cell.value, cell.change)):
-            raise FiftyfoldError(f"{path} is damaged (at {cell.layer}); delete it to begin anew.")
-    os.truncate(path, len(whole) if found else 0)
-    return found
+    cell = Cell(**values)
+    if (cell.layer, cell.bond_dimension, cell.metric) != (*place, metric):
+        raise ValueError("another cell")
+    for each in (cell.kept, cell.value, cell.change):
+        number(each)
+    return cell

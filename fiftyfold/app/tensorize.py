@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel
 
+from fiftyfold.app.progress import shown
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
 from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
@@ -31,6 +30,9 @@ from fiftyfold.modules import (
     quantize_bitsandbytes,
     tensorize,
 )
+from fiftyfold.modules.healing import HealingLoss
+from fiftyfold.modules.healing_module import stage_shares
+from fiftyfold.modules.learning_rate import stage_ends
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.report import ExportReport
 from fiftyfold.modules.pretrained import Objective, load_language_model
@@ -38,7 +40,6 @@ from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linea
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.tensor_network.budget import Allocation
 from fiftyfold.modules.tensor_network.layers import network_layers
-from fiftyfold.modules.tensor_network.sensitivity import Report
 from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
 
 WHOLE_BITS = (3, 4, 8)
@@ -47,6 +48,8 @@ WHOLE_BITS = (3, 4, 8)
 DECOMPOSED = "decomposed"
 """Folder, below the work folder, of the model as it is before it is healed."""
 
+MATRICES = "matrices"
+"""Folder, below the work folder, of the matrices that are compressed already, while others are not."""
 
 CALIBRATION_TOKENS = 65_536
 """Tokens of the training text on which the outputs of layers are compared."""
@@ -91,6 +94,8 @@ class TensorizeRecipe:
         if by_weights and self.core_bits is not None and self.epochs == 0:
             raise FiftyfoldError("core_bits quantizes networks cut by their weights in training: give epochs.")
         check_arguments(self.cores if by_weights else 2, 1, self.keep, self.split if by_weights else "even")
+        stage_shares(self.block_share)
+        HealingLoss(hidden=self.hidden_weight)
         if not self.learning_rate > 0:
             raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
 
@@ -122,8 +127,7 @@ def tensorize_command(
 ) -> None:
     """Turn a language model's matrices into tensor networks, heal it on text, quantize, export, and print one table.
 
-    Ctrl-C or a crash while it heals loses little: the same command goes on where the run stopped. One while matrices
-    are compressed loses what is done of that.
+    Ctrl-C or a crash loses little: the same command goes on where the run stopped.
 
     Args:
         model: a folder or a hub id.
@@ -204,10 +208,14 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     text = build_text(recipe)
     text.setup("fit")
     before = _score(teacher, text, recipe.objective)
+    if recipe.epochs:
+        stage_ends(stage_shares(recipe.block_share), recipe.epochs * len(text.train_dataloader()))
     work = folder.with_name(folder.name + ".work")
     options = json.loads(json.dumps(asdict(recipe)))
-    with work_folder(work, options, keeps=DECOMPOSED) as resume_from:
-        _decompose(recipe, teacher, text, work / DECOMPOSED)
+    with work_folder(work, options, keeps=(DECOMPOSED, MATRICES)) as resume_from:
+        if not (work / DECOMPOSED).is_dir():
+            _decompose(recipe, teacher, text, work)
+        shutil.rmtree(work / MATRICES, ignore_errors=True)
         decomposed = _score(load(work / DECOMPOSED), text, recipe.objective)
         student, healed = _heal(recipe, text, work, resume_from), recipe.epochs > 0
         scores = {"original": before, "decomposed": decomposed}
@@ -285,39 +293,35 @@ def _quantizes_in_training(recipe: TensorizeRecipe) -> bool:
     return recipe.core_bits is not None and recipe.method == "weights"
 
 
-def _decompose(
-    recipe: TensorizeRecipe, teacher: PreTrainedModel, text: LanguageModelingDataModule, folder: Path
-) -> None:
-    if folder.is_dir():
-        return
+def _decompose(recipe: TensorizeRecipe, teacher: PreTrainedModel, text: LanguageModelingDataModule, work: Path) -> None:
     student = copy.deepcopy(teacher)
-    if recipe.method == "activations":
-        arguments: dict[str, Any] = {"allocation": recipe.allocation}
-        if recipe.core_bits is not None:
-            arguments |= {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
-        with _shown() as report:
+    with shown("Matrices") as report:
+        if recipe.method == "activations":
+            arguments: dict[str, Any] = {"allocation": recipe.allocation}
+            if recipe.core_bits is not None:
+                arguments |= {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
             compress_matrices(
-                student, _calibration(text), recipe.keep, exclude=recipe.exclude, report=report, **arguments
+                student,
+                _calibration(text),
+                recipe.keep,
+                exclude=recipe.exclude,
+                report=report,
+                work_folder=work / MATRICES,
+                **arguments,
             )
-    else:
-        tensorize(student, recipe.cores, keep=recipe.keep, split=recipe.split, exclude=recipe.exclude)
+        else:
+            tensorize(
+                student,
+                recipe.cores,
+                keep=recipe.keep,
+                split=recipe.split,
+                exclude=recipe.exclude,
+                report=report,
+                work_folder=work / MATRICES,
+            )
     if recipe.rest_bits is not None and not dense_linears(student):
         raise FiftyfoldError("tensor networks leave no dense linear layer: leave rest_bits out, or exclude layers.")
-    export(student, folder, tokenizer=text.tokenizer, rest_dtype="float32")
-
-
-@contextmanager
-def _shown() -> Iterator[Report]:
-    """Show a bar for each kind of work."""
-    with Progress(transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(f"Matrices {what}", total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield report
+    export(student, work / DECOMPOSED, tokenizer=text.tokenizer, rest_dtype="float32")
 
 
 def _calibration(text: LanguageModelingDataModule) -> list[dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,14 @@ def claim_output(folder: Path) -> None:
 
 
 @contextmanager
-def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckpt") -> Iterator[Path | None]:
+def work_folder(folder: Path, options: dict[str, Any], *, keeps: Sequence[str] = ()) -> Iterator[Path | None]:
     """Keep a run's checkpoints in ``folder`` until it has ended well.
 
     Args:
-        folder: the work folder. It goes when the block ends well, or fails before there is a checkpoint or what
-            ``keeps`` names.
+        folder: the work folder. It goes when the block ends well, or fails before there is a checkpoint or anything
+            that ``keeps`` names.
         options: all that decides the run, as JSON values; an interrupted run goes on only under the same options.
-        keeps: what a run that fails has to have made for its folder to stay: a file or folder inside.
+        keeps: of what a run that fails has to have made one for its folder to stay: files and folders inside.
 
     Yields:
         The checkpoint to go on from, or None for a new run.
@@ -70,16 +70,19 @@ def work_folder(folder: Path, options: dict[str, Any], *, keeps: str = "last.ckp
             or something else.
     """
     stamp, last = folder / "options.json", folder / "last.ckpt"
+
+    def has_begun() -> bool:
+        return any((folder / name).exists() for name in (last.name, *keeps))
+
     if not stamp.is_file():
         claim_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(stamp, str(folder)):
-        begun = last.is_file() or (folder / keeps).exists()
-        _stamp_options(stamp, json.dumps(options, indent=2), begun=begun)
+        _stamp_options(stamp, json.dumps(options, indent=2), begun=has_begun())
         try:
             yield last if last.is_file() else None
         except BaseException:
-            if not last.is_file() and not (folder / keeps).exists():
+            if not has_begun():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)

@@ -38,6 +38,7 @@ from fiftyfold.modules.tensor_network.compress_matrices import (
 from fiftyfold.modules.tensor_network.compressed_matrix import FAMILIES_BY_DEFAULT
 from fiftyfold.modules.tensor_network.families import Family
 from fiftyfold.modules.tensor_network.layers import matrix_shape
+from fiftyfold.modules.tensor_network.progress import ends_a_tenth
 from fiftyfold.modules.tensor_network.targets import find_matrices
 
 _Found = TypeVar("_Found")
@@ -52,7 +53,7 @@ class MatrixCompression(OperationCallback):
     bits trains on under its quantizers; no other callback need quantize it.
 
     Args:
-        keep: see :func:`fiftyfold.modules.compress_matrices`, as for all the following but two.
+        keep: see :func:`fiftyfold.modules.compress_matrices`, as for all the following but three.
         batches: how many batches calibrate, of each rank.
         factor_bits: 16, or 8 for factors that are quantized.
         whole_bits: in which bits a matrix may stay whole.
@@ -61,6 +62,8 @@ class MatrixCompression(OperationCallback):
         targets: which layers: ``"default"``, or patterns of their names.
         exclude: patterns of names to leave alone.
         start: when; see :data:`~fiftyfold.callbacks.moment.When`.
+        work_folder: where the first rank keeps each matrix as soon as it is done, so that a run that is killed
+            meanwhile, and begun again with the same seed, goes on there.
     """
 
     operation = OPERATION
@@ -78,6 +81,7 @@ class MatrixCompression(OperationCallback):
         targets: Targets = "default",
         exclude: Targets = (),
         start: When = 0,
+        work_folder: str | None = None,
     ) -> None:
         super().__init__()
         if type(batches) is not int or batches < 1:
@@ -85,6 +89,7 @@ class MatrixCompression(OperationCallback):
         self.keep = keep
         self.batches = batches
         self.start = Moment.parse(start)
+        self.work_folder = work_folder
         self.arguments: CompressionArguments = {
             "factor_bits": factor_bits,
             "whole_bits": tuple(whole_bits),
@@ -175,7 +180,9 @@ class MatrixCompression(OperationCallback):
         calls = [call for each in found for call in _demand(each)[1]]
         exact = [f"^{re.escape(name[len(part) + 1 :] if part else name)}$" for name in names]
         arguments: CompressionArguments = {**self.arguments, "targets": exact, "exclude": ()}
-        return part, plan_compression(_part(root, part), calls, self.keep, report=_tell, **arguments)
+        return part, plan_compression(
+            _part(root, part), calls, self.keep, report=_tell, work_folder=self.work_folder, **arguments
+        )
 
 
 def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], object]]:
@@ -188,7 +195,7 @@ def _steps(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Callable[[], ob
 
 def _tell(what: str, done: int, total: int) -> None:
     """Log at each tenth that compressing goes on, while the run stands still."""
-    if done * 10 // total > (done - 1) * 10 // total:
+    if ends_a_tenth(done, total):
         rank_zero_info(f"MatrixCompression: {what} {done} of {total} matrices.")
 
 

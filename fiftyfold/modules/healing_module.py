@@ -74,10 +74,8 @@ class HealingModule(TextModule):
         warmup: float = 0.1,
     ) -> None:
         super().__init__(objective, optimizer, weight_decay, warmup)
-        if not 0 <= block_share < 1:
-            raise FiftyfoldError(f"block_share is a share of the training, at least 0 and below 1, not {block_share}.")
         self._loss = HealingLoss(logit_weight, hidden_weight, label_weight, temperature)
-        self._stage_shares = [block_share, 1 - block_share] if block_share else [1.0]
+        self._stage_shares = stage_shares(block_share)
         self._lookahead = lookahead
         unstored = [] if isinstance(teacher, str) else ["teacher"]
         self.save_hyperparameters(ignore=unstored)
@@ -112,3 +110,14 @@ class HealingModule(TextModule):
 
     def _fitted_models(self) -> list[tuple[PreTrainedModel, str]]:
         return [(self.teacher, "teacher"), (self.student, "student")]
+
+
+def stage_shares(block_share: float) -> list[float]:
+    """Return the shares of the training that heal block by block, if any does, and end to end.
+
+    Raises:
+        FiftyfoldError: if they are none.
+    """
+    if not 0 <= block_share < 1:
+        raise FiftyfoldError(f"block_share is a share of the training, at least 0 and below 1, not {block_share}.")
+    return [block_share, 1 - block_share] if block_share else [1.0]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import fiftyfold
 from fiftyfold.app.main import main
 from fiftyfold.app.trainer_cli import RECIPES
+from fiftyfold.modules.journal import LINES_FILE, Journal
 from tests.text import tiny_language_model, write_text, write_word_tokenizer
 
 HEALING_RECIPES = sorted((RECIPES / "compactifai").glob("*.yaml"))
@@ -189,8 +190,6 @@ def test_a_plan_leaves_out_the_layers_that_a_recipe_leaves_out(place: Path) -> N
 
 @pytest.mark.parametrize("metric", ["accuracy", "output_error"])
 def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, monkeypatch, capsys) -> None:
-    from fiftyfold.app import profile
-
     words = ["profile", "teacher", "--data", "data", "--metric", metric, "--bond_dimensions", "[2,8]"]
     words += ["--targets", "[layers.0.mlp,layers.5.self_attn.q]", "--output", "whole", "--tokens", "120"]
     assert main(words) == 0
@@ -204,23 +203,13 @@ def test_a_profile_goes_on_where_it_was_interrupted(place: Path, metric: str, mo
     if metric == "output_error":
         assert all(small > large for small, large in by_layer.values()), "a larger bond errs less"
 
-    class CutError(Exception):
-        pass
-
-    def cut(cells, *args, **kwargs):
-        for number, cell in enumerate(cells):
-            if number == 3:
-                raise CutError
-            yield cell
-
     words[words.index("whole")] = "part"
     with monkeypatch.context() as patch:
-        patch.setattr(profile, "track", cut)
-        with pytest.raises(CutError):
-            main(words)
-    file = Path("part/cells.jsonl")
+        cut_after(patch, 3)
+        assert main(words) == 130
+    file = Path("part") / LINES_FILE
     assert len(file.read_text().splitlines()) == 4
-    file.write_text(file.read_text() + '{"layer": "model.la')
+    file.write_text(file.read_text() + '{"key": "model.la')
     assert main(words) == 0
     assert json.loads(Path("part/profile.json").read_text()) == whole
     assert main([*words[:-1], "60"]) == 1, "other options"
@@ -254,38 +243,41 @@ def test_what_is_compressed_already_is_not_profiled(place: Path, capsys) -> None
     assert "no dense linear layer to profile" in capsys.readouterr().err
 
 
-def test_reading_what_a_profile_has_done_writes_nothing_anew(tmp_path: Path, monkeypatch) -> None:
-    from dataclasses import asdict
+def cut_after(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Let Ctrl-C come once so many things have been found, and are kept."""
+    add, added = Journal.add, []
 
-    from fiftyfold.app.profile import Cell, _read_cells, _stamp
+    def cut(self, *arguments):
+        if len(added) == count:
+            raise KeyboardInterrupt
+        added.append(add(self, *arguments))
 
-    file, cell = tmp_path / "cells.jsonl", Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
-    options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
-    file.touch()
-    assert _read_cells(file, options) == []
-    file.write_text(json.dumps(_stamp(options)) + "\n" + json.dumps(asdict(cell)) + '\n{"layer": "model.la')
+    patch.setattr(Journal, "add", cut)
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("a kill here would lose all cells")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
-    assert _read_cells(file, options) == [cell]
-    assert file.read_bytes().endswith(b"}\n")
-    with pytest.raises(fiftyfold.FiftyfoldError, match="other options"):
-        _read_cells(file, options | {"tokens": 2})
+def test_a_larger_sweep_measures_only_what_is_new(place: Path, monkeypatch, capsys) -> None:
+    words = ["profile", "teacher", "--data", "data", "--tokens", "120", "--output", "out", "--targets", "layers.0.mlp"]
+    assert main([*words, "--bond_dimensions", "[2, 4]"]) == 0
+    before = json.loads(Path("out/profile.json").read_text())["cells"]
+    with monkeypatch.context() as patch:
+        cut_after(patch, 3)
+        assert main([*words, "--bond_dimensions", "[3, 2, 4]"]) == 0, "one for each matrix"
+    after = json.loads(Path("out/profile.json").read_text())["cells"]
+    assert [cell["bond_dimension"] for cell in after] == [2, 3, 4] * 3
+    assert [cell for cell in after if cell["bond_dimension"] != 3] == before
+    assert "9 cells" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"layer": "no_such"}, {"layer": []}, {"bond_dimension": 3}, {"value": "high"}])
-def test_a_profiles_altered_cell_is_named(change: dict[str, object], tmp_path: Path) -> None:
+def test_a_profiles_altered_cell_is_named(change: dict[str, object]) -> None:
     from dataclasses import asdict
 
-    from fiftyfold.app.profile import Cell, _read_cells, _stamp
+    from fiftyfold.app.profile import Cell, _read_cell
 
-    options = {"layers": ["layer"], "bond_dimensions": [2, 4]}
-    file, cell = tmp_path / "cells.jsonl", asdict(Cell("layer", 2, 0.5, "nats", 1.0, 0.1))
-    file.write_text(json.dumps(_stamp(options)) + "\n" + json.dumps(cell | change) + "\n")
-    with pytest.raises(fiftyfold.FiftyfoldError, match="is damaged"):
-        _read_cells(file, options)
+    cell = Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
+    assert _read_cell(asdict(cell), ("layer", 2), "nats") == cell
+    with pytest.raises((ValueError, TypeError)):
+        _read_cell(asdict(cell) | change, ("layer", 2), "nats")
 
 
 def test_profiling_leaves_the_model_as_it_was() -> None:
@@ -399,6 +391,39 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(place: Path, more: tupl
         assert torch.equal(tensor, whole[name]), name
 
 
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [((), 5), ((), 40), (("--core_bits", "8"), 30), (("--method", "weights"), 7)],
+    ids=["while weighed", "while compressed", "few bits", "by weights"],
+)
+def test_a_decomposition_goes_on_where_it_was_interrupted(
+    place: Path, more: tuple[str, ...], count: int, monkeypatch, capsys
+) -> None:
+    assert main(tensorize_words("--epochs", "0", *more)) == 0
+    whole = Path("small/model.safetensors").read_bytes()
+    Path("small").rename("whole")
+    with monkeypatch.context() as patch:
+        cut_after(patch, count)
+        assert main(tensorize_words("--epochs", "0", *more)) == 130
+    lines = (Path("small.work/matrices") / LINES_FILE).read_text().splitlines()
+    assert len(lines) == count + 1
+    assert main(tensorize_words("--epochs", "0", "--seed", "1", *more)) == 1
+    assert "other options" in capsys.readouterr().err
+    assert main(tensorize_words("--epochs", "0", *more)) == 0
+    assert Path("small/model.safetensors").read_bytes() == whole
+    assert not Path("small.work").exists()
+
+
+def test_a_model_that_changed_since_is_refused_and_what_was_found_stays(place: Path, monkeypatch, capsys) -> None:
+    with monkeypatch.context() as patch:
+        cut_after(patch, 5)
+        assert main(tensorize_words()) == 130
+    change(Path("teacher/model.safetensors"))
+    assert main(tensorize_words()) == 1
+    assert "another model or text" in capsys.readouterr().err
+    assert len((Path("small.work/matrices") / LINES_FILE).read_text().splitlines()) == 6
+
+
 def test_a_run_that_was_cut_before_its_first_checkpoint_draws_the_same_numbers(place: Path, monkeypatch) -> None:
     from safetensors.torch import load_file
     from transformers import BertForMaskedLM
@@ -435,6 +460,9 @@ def test_impossible_orders_are_refused_before_anything_is_written(place: Path, c
         (("--method", "weights", "--cores", "1"), "cores"),
         (("--sequence_length", "41"), "reads at most 40"),
         (("--keep", ".nan"), "between 0 and 1"),
+        (("--limit_train", "4"), "cannot be divided"),
+        (("--block_share", "1"), "block_share"),
+        (("--hidden_weight", "-1"), "cannot be negative"),
     ):
         assert main(tensorize_words(*more)) == 1
         assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ from fiftyfold.callbacks import MatrixCompression, QuantizationAwareTraining
 from fiftyfold.callbacks.calibration_loader import undisturbed
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices, export
+from fiftyfold.modules.journal import Journal
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.structure import compression_root, structure_log
 from fiftyfold.modules.tensor_network.layers import TensorNetworkLayer
@@ -180,6 +181,33 @@ def test_a_run_goes_on_in_which_every_matrix_stayed_whole(tmp_path):
         resumed = make_trainer(callbacks())
         resumed.fit(OddUser(seed=1), ckpt_path=tmp_path / f"step={step}.ckpt")
         assert_same_training(whole, resumed, f"resumed from step {step}")
+
+
+def test_a_run_that_was_killed_while_it_compressed_goes_on_there(tmp_path, monkeypatch):
+    def fit(folder):
+        module = OddUser()
+        trainer = make_trainer([MatrixCompression(0.7, batches=2, start=2, work_folder=folder)])
+        trainer.fit(module)
+        return trainer
+
+    whole, added, add = fit(None), [], Journal.add
+
+    def cut(self, key, *found):
+        if len(added) == 20:
+            raise RuntimeError("killed")
+        added.append(key)
+        add(self, key, *found)
+
+    folder = str(tmp_path / "matrices")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", cut)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(folder)
+    monkeypatch.setattr(Journal, "add", lambda self, key, *found: add(self, key, *found) or added.append(key))
+    assert_same_training(whole, fit(folder), "a run that was begun again")
+    assert len(added) == len(set(added)) > 20, "nothing is found twice"
+    with pytest.raises(FiftyfoldError, match="holds a compression of another model or text"):
+        make_trainer([MatrixCompression(0.6, batches=2, start=2, work_folder=folder)]).fit(OddUser())
 
 
 def test_what_is_compressed_already_is_not_compressed_again(tmp_path):

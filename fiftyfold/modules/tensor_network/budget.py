@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fiftyfold.kernels.packing import packed_bytes
+from fiftyfold.modules.journal import Journal
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import named_layers
@@ -20,7 +21,8 @@ from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
 from fiftyfold.modules.tensor_network.objective import least_squares
-from fiftyfold.modules.tensor_network.sensitivity import Report, measured_sensitivity, silent
+from fiftyfold.modules.tensor_network.progress import Report, silent
+from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
 
 Allocation = Literal["model", "outputs", "uniform"]
 """``model``: bytes go where they lower the whole model's deviation, measured one matrix at a time.
@@ -50,6 +52,7 @@ def spread_bytes(
     bits: int,
     whole_bits: Sequence[int] = (),
     report: Report = silent,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Return the bytes that each matrix may take.
 
@@ -62,6 +65,7 @@ def spread_bytes(
         bits: of one number of a network.
         whole_bits: in which a matrix may stay whole.
         report: is told of each matrix, where the whole model is measured.
+        journal: knows what was measured before.
 
     Raises:
         FiftyfoldError: if the budget cannot be met.
@@ -84,7 +88,7 @@ def spread_bytes(
     weights = dict.fromkeys(names, 1.0)
     if allocation == "model":
         ranks = {name: largest_rank(shapes[name], keep * dense[name], bits) for name in names}
-        weights = measured_sensitivity(model, batches, curves, ranks, report)
+        weights = measured_sensitivity(model, batches, curves, ranks, report=report, journal=journal)
     options = [
         [
             *_options(shapes[name], (curves[name] + rounding[name]) * weights[name], dense[name], keep, bits),

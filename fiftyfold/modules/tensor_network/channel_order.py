@@ -31,6 +31,7 @@ from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, Moments, call, call_stages, collect_moments, listening
 from fiftyfold.modules.tensor_network.objective import least_squares
+from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.sensitivity import outputs_of
 
 _PLAIN = (nn.Linear, Conv1D)
@@ -38,6 +39,7 @@ _SMALLEST_HEAD = 4
 _ROWS = 4
 _SMALLEST_GAIN = 1e-3
 _TOLERANCE = 1e-5
+_PARTS = ("rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,32 @@ class ChannelOrders:
         """Return the orders that undo these."""
         return ChannelOrders(*({name: each.argsort() for name, each in part.items()} for part in self._parts()))
 
+    def to_json(self) -> dict[str, dict[str, list[int]]]:
+        """Return JSON values."""
+        rows, columns = ({name: each.tolist() for name, each in part.items()} for part in self._parts())
+        return {"rows": rows, "columns": columns}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, list[int]]], model: nn.Module) -> ChannelOrders:
+        """Read what :meth:`to_json` wrote, perhaps altered since.
+
+        Args:
+            values: that were read.
+            model: whose channels they are.
+
+        Raises:
+            KeyError: if the model has no such layer.
+            ValueError: if the numbers of a layer are not those of its channels in some order.
+        """
+        layers, parts = dict(named_layers(model)), list[dict[str, torch.Tensor]]()
+        for side, key in enumerate(_PARTS):
+            for name, order in values[key].items():
+                if sorted(order) != list(range(matrix_shape(layers[name])[side])):
+                    raise ValueError(f"{name} has no order of its channels")
+            device = next(model.parameters()).device
+            parts.append({name: torch.tensor(order, device=device) for name, order in values[key].items()})
+        return cls(*parts)
+
     def cpu(self) -> ChannelOrders:
         """Return the same on the CPU."""
         return ChannelOrders(*({name: each.cpu() for name, each in part.items()} for part in self._parts()))
@@ -93,7 +121,14 @@ Judge = Callable[[str, torch.Tensor, Metric], float]
 
 
 @torch.no_grad()
-def sort_channels(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], judge: Judge) -> ChannelOrders:
+def sort_channels(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    judge: Judge,
+    *,
+    report: Report = silent,
+) -> ChannelOrders:
     """Sort hidden channels by the strength with which they reach the next layer's outputs, where it pays, in place.
 
     Args:
@@ -101,6 +136,7 @@ def sort_channels(model: nn.Module, names: Sequence[str], batches: Sequence[Batc
         names: of the layers that may be touched; a group of which one is missing stays as it is.
         batches: calibration text.
         judge: a group is sorted if that brings its matrices nearer, taken together.
+        report: is told of each matrix that was judged in both orders.
 
     Returns:
         What was moved; nothing where no group is found, or if the outputs changed and all was put back.
@@ -110,7 +146,7 @@ def sort_channels(model: nn.Module, names: Sequence[str], batches: Sequence[Batc
     if probe is None or not groups:
         return ChannelOrders()
     orders = ChannelOrders()
-    for group, order in _paying_orders(model, groups, batches, judge):
+    for group, order in _paying_orders(model, groups, batches, judge, report):
         orders.rows.update(dict.fromkeys(group.writers, order))
         orders.columns[group.reader] = group.at_reader(order)
     before = outputs_of(model, probe).values
@@ -122,12 +158,13 @@ def sort_channels(model: nn.Module, names: Sequence[str], batches: Sequence[Batc
 
 
 def _paying_orders(
-    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], judge: Judge
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], judge: Judge, report: Report
 ) -> Iterator[tuple[ChannelGroup, torch.Tensor]]:
     layers = dict(named_layers(model))
     by_reader = {group.reader: group for group in groups}
     by_writer = {name: group for group in groups for name in group.writers}
     orders: dict[str, torch.Tensor] = {}
+    number, total = itertools.count(1), len(by_reader) + len(by_writer)
     natural, moved = dict.fromkeys(by_reader, 0.0), dict.fromkeys(by_reader, 0.0)
     for name, moments in _moments(model, list(by_reader), batches):
         matrix, metric = least_squares(layers[name], moments)
@@ -137,11 +174,13 @@ def _paying_orders(
         natural[name] += judge(name, matrix, metric)
         moved_metric = Metric(moments.reordered(columns, both=True).inputs.to(matrix.dtype))
         moved[name] += judge(name, matrix[:, columns], moved_metric)
+        report("ordered", next(number), total)
     for name, moments in _moments(model, list(by_writer), batches):
         matrix, metric = least_squares(layers[name], moments)
         reader = by_writer[name].reader
         natural[reader] += judge(name, matrix, metric)
         moved[reader] += judge(name, matrix[orders[reader]], metric)
+        report("ordered", next(number), total)
     for group in groups:
         if moved[group.reader] < natural[group.reader] * (1 - _SMALLEST_GAIN):
             yield group, orders[group.reader]

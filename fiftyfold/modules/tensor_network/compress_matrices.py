@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypedDict, Unpack, get_args
 
 import torch
@@ -14,26 +13,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.journal import number, open_journal
 from fiftyfold.modules.quantization.quantize import quantize_operation
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
-from fiftyfold.modules.tensor_network.budget import Allocation, memory_groups, spread_bytes
-from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state, sort_channels
+from fiftyfold.modules.tensor_network.budget import Allocation, spread_bytes
+from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permute_bias_state
+from fiftyfold.modules.tensor_network.compressed_copy import compressed_copy
 from fiftyfold.modules.tensor_network.compressed_matrix import (
     FAMILIES_BY_DEFAULT,
     CompressedMatrix,
     Plan,
-    compress_matrix,
-    first_error,
-    stays_dense,
-    whole_widths,
 )
 from fiftyfold.modules.tensor_network.decomposition import as_memory_error, check_finite
-from fiftyfold.modules.tensor_network.families import FAMILIES, Family, has_chain
-from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
+from fiftyfold.modules.tensor_network.families import FAMILIES, Family
 from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_of, matrix_shape
-from fiftyfold.modules.tensor_network.moments import Batch, call_order, check_batches, collect_moments
-from fiftyfold.modules.tensor_network.sensitivity import Report, outputs_of, silent
+from fiftyfold.modules.tensor_network.moments import Batch, check_batches
+from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from fiftyfold.modules.tensor_network.targets import find_matrices
 from fiftyfold.modules.tensor_network.tensorize import install_networks, network_operation, read_forms
@@ -61,6 +57,7 @@ def compress_matrices(
     step: int = 0,
     optimizer: Optimizer | None = None,
     report: Report = silent,
+    work_folder: str | Path | None = None,
 ) -> dict[str, CompressedMatrix]:
     """Replace weight matrices by the tensor networks that change the layers' outputs least on calibration text.
 
@@ -87,14 +84,17 @@ def compress_matrices(
         step: the optimizer step at which this happens, for the log.
         optimizer: the optimizer that trains the model, if there is one; the new parameters enter the groups of those
             that they replace.
-        report: is called as the matrices are weighed and compressed, which takes hours for a large model.
+        report: is called as the matrices are weighed, ordered and compressed, which takes hours for a large model.
+        work_folder: where each matrix is kept as soon as it is done, so that the same call goes on where a process was
+            killed, to the same numbers; delete it once the model is saved.
 
     Returns:
         What became of each matrix, by name.
 
     Raises:
         FiftyfoldError: if an argument is impossible, the text is empty or does not suit the model, the budget cannot be
-            met, a weight is not finite or memory runs out. The model is then unchanged.
+            met, a weight is not finite, memory runs out, or the work folder holds another compression. The model is
+            then unchanged.
     """
     compression = plan_compression(
         model,
@@ -109,6 +109,7 @@ def compress_matrices(
         targets=targets,
         exclude=exclude,
         report=report,
+        work_folder=work_folder,
     )
     optimizers = [] if optimizer is None else [optimizer]
     apply_operation(model, compression.operation(step), optimizers)
@@ -223,6 +224,7 @@ def plan_compression(
     keep: float = 0.3,
     *,
     report: Report = silent,
+    work_folder: str | Path | None = None,
     **arguments: Unpack[CompressionArguments],
 ) -> Compression:
     """Find what :func:`compress_matrices` would carry out, and change nothing.
@@ -235,20 +237,27 @@ def plan_compression(
     plan = Plan(**arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
+    searched = {"names": names, "keep": keep, "plan": asdict(plan), "weights": model.state_dict(), "text": found}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        sizes = spread_bytes(
-            model,
-            names,
-            found,
-            keep=keep,
-            allocation=plan.allocation,
-            bits=plan.factor_bits,
-            whole_bits=plan.whole_bits,
-            report=report,
-        )
-        student, results, orders = _compressed_copy(model, names, found, sizes, plan, report=report)
+        with open_journal(None if work_folder is None else Path(work_folder), searched, "a compression") as journal:
+            sizes = journal.remember(
+                "bytes",
+                lambda: spread_bytes(
+                    model,
+                    names,
+                    found,
+                    keep=keep,
+                    allocation=plan.allocation,
+                    bits=plan.factor_bits,
+                    whole_bits=plan.whole_bits,
+                    report=report,
+                    journal=journal,
+                ),
+                lambda values: {name: number(values[name]) for name in names},
+            )
+            student, results, orders = compressed_copy(model, names, found, sizes, plan, report=report, journal=journal)
     except (MemoryError, RuntimeError) as error:
         raise as_memory_error(error, max(matrix_shape(dict(named_layers(model))[name]) for name in names)) from error
     finally:
@@ -259,7 +268,7 @@ def plan_compression(
     values = {
         name: {key: tensor.cpu() for key, tensor in layers[name].state_dict().items()}
         for name, result in results.items()
-        if result.form is not None or result.whole_bits is not None
+        if result.is_changed
     }
     if not values:
         raise FiftyfoldError(f"every matrix stays dense at keep={keep}; lower it.")
@@ -280,46 +289,6 @@ def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]
         except FiftyfoldError as error:
             raise FiftyfoldError(f"{name}: {error}") from error
     return names
-
-
-def _compressed_copy(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    sizes: Mapping[str, float],
-    plan: Plan,
-    *,
-    report: Report,
-) -> tuple[nn.Module, dict[str, CompressedMatrix], ChannelOrders]:
-    student = copy.deepcopy(model)
-    layers = dict(named_layers(student))
-    small = [
-        name
-        for name in names
-        if not stays_dense(layers[name], sizes[name]) and not whole_widths(layers[name], sizes[name], plan)
-    ]
-    orders = ChannelOrders()
-    if has_chain(plan.families):
-        orders = sort_channels(student, small, batches, functools.partial(first_error, sizes, plan))
-    results: dict[str, CompressedMatrix] = {}
-    stages = call_order(model, names, batches[0]) if plan.compressed_prefix else memory_groups(layers, names)
-    finished = _finished(model, student, batches[0]) if plan.compressed_prefix else {}
-    for stage in stages:
-        source, reference = (student, model) if plan.compressed_prefix and results else (model, None)
-        last = stage[-1] if plan.compressed_prefix else None
-        moments = collect_moments(source, stage, batches, reference, last=last, finished=finished)
-        for name in stage:
-            known = moments.pop(name)
-            if (order := orders.columns.get(name)) is not None:
-                known = known.reordered(order, both=source is model)
-            results[name] = compress_matrix(layers[name], known, sizes[name], plan)
-            report("compressed", len(results), len(names))
-    return student, {name: results[name] for name in names}, orders
-
-
-def _finished(model: nn.Module, student: nn.Module, batch: Batch) -> dict[nn.Module, FinishedLayers]:
-    found = finished_layers(model, lambda: outputs_of(model, batch).values)
-    return {model: found, student: same_layers(found, student)}
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:

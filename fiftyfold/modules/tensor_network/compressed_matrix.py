@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fiftyfold.modules.journal import number
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
 from fiftyfold.modules.quantization.rounding import round_to_grid
 from fiftyfold.modules.quantization.settings import WeightSettings
@@ -56,6 +58,28 @@ class CompressedMatrix:
     error: float
     whole_bits: int | None = None
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the layer is not the one that it was."""
+        return self.form is not None or self.whole_bits is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**asdict(self), "form": None if self.form is None else self.form.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CompressedMatrix:
+        """Read what :meth:`to_json` wrote, perhaps altered since.
+
+        Raises:
+            FiftyfoldError: if the form is impossible.
+            ValueError: if a number is none, or anything is missing.
+            TypeError: if anything is unknown.
+        """
+        form = None if values["form"] is None else NetworkForm.from_json(values["form"])
+        number(values["error"]), number(values["bytes"])
+        return cls(**{**values, "form": form})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,6 +125,30 @@ def compress_matrix(layer: nn.Module, moments: Moments, size: float, plan: Plan)
     if isinstance(old, torch.Tensor):
         old.data = (old + original.double() @ moments.original_mean - built.double() @ moments.mean).to(old.dtype)
     return replace(result, error=metric.relative_error(target, built))
+
+
+@torch.no_grad()
+def restore_matrix(layer: nn.Module, result: CompressedMatrix, values: Mapping[str, torch.Tensor]) -> None:
+    """Put into a layer, in place, what :func:`compress_matrix` put there before.
+
+    Args:
+        layer: as it was then.
+        result: what became of it.
+        values: its state dict.
+
+    Raises:
+        FiftyfoldError: if the result is not that of such a layer.
+        ValueError: if the values are not.
+    """
+    if result.form is not None:
+        if isinstance(layer, TensorNetworkLayer):
+            to_dense(layer)
+        install_network(layer, result.form)
+    own = layer.state_dict()
+    if {name: each.shape for name, each in own.items()} != {name: each.shape for name, each in values.items()}:
+        raise ValueError("its tensors are not those of the layer")
+    for name, tensor in own.items():
+        tensor.copy_(values[name])
 
 
 def whole_widths(layer: nn.Module, size: float, plan: Plan) -> list[int]:

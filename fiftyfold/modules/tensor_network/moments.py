@@ -103,7 +103,7 @@ def collect_moments(
         names: layers.
         batches: what the model is called with.
         original: the model before compression; by default the model itself.
-        last: a layer after whose call the rest of the forward pass is of no interest.
+        last: a layer after whose first call the rest of the forward pass is of no interest.
         finished: what is known of each model's layers before those of these names, which will not change any more.
 
     Raises:
@@ -204,16 +204,16 @@ def _running(
 
 def _inputs_of(model: nn.Module, names: Sequence[str], batch: Batch, last: str | None) -> dict[str, torch.Tensor]:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, list[torch.Tensor]] = {}
 
     def note(name: str, x: torch.Tensor) -> None:
-        found[name] = real_tokens(x, mask)
+        found.setdefault(name, []).append(real_tokens(x, mask))
         if name == last:
             raise _Stop
 
     with listening(model, names, note), suppress(_Stop):
         call(model, batch)
-    return found
+    return {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in found.items()}
 
 
 def real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.journal import Journal, number
 from fiftyfold.modules.quantization.targets import named_layers
 from fiftyfold.modules.tensor_network.finished_layers import finished_layers
 from fiftyfold.modules.tensor_network.layers import matrix_of
 from fiftyfold.modules.tensor_network.metric import Metric
 from fiftyfold.modules.tensor_network.moments import Batch, call, collect_moments
+from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.solvers import principal_outputs
-
-Report = Callable[[str, int, int], object]
-"""Is called as long work goes on: with what is done to the matrices, for how many it is done, and of how many."""
 
 _BATCHES = 4
 _MOST_LOGITS = 2**26
@@ -40,17 +40,15 @@ class Outputs:
     are_logits: bool
 
 
-def silent(_: str, __: int, ___: int) -> None:
-    """Report nothing."""
-
-
 @torch.no_grad()
 def measured_sensitivity(
     model: nn.Module,
     batches: Sequence[Batch],
     curves: Mapping[str, torch.Tensor],
     ranks: Mapping[str, int],
+    *,
     report: Report = silent,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Return, for each matrix, the model's deviation over the squared relative error that caused it.
 
@@ -64,6 +62,7 @@ def measured_sensitivity(
         curves: squared relative error by rank for each matrix.
         ranks: at which the matrix is measured.
         report: is told of each matrix.
+        journal: knows what was measured before.
 
     Raises:
         FiftyfoldError: if no matrix's error makes any difference.
@@ -72,8 +71,9 @@ def measured_sensitivity(
     before = [some_outputs(model, batch) for batch in few]
     finished = finished_layers(model, lambda: outputs_of(model, few[0]).values)
     layers = dict(named_layers(model))
-    weights = {}
-    for name, curve in curves.items():
+    known = journal or Journal()
+
+    def measured(name: str, curve: torch.Tensor) -> float:
         layer, rank = layers[name], max(1, ranks[name])
         moments = collect_moments(model, [name], few, last=name, finished={model: finished})[name]
         directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()), rank)
@@ -81,12 +81,16 @@ def measured_sensitivity(
         handle = layer.register_forward_hook(_projection(layer, directions, mean))
         deviations = []
         try:
-            for number, batch in enumerate(few):
-                with finished.running([layer], number):
-                    deviations.append(deviation(before[number], some_outputs(model, batch)))
+            for index, batch in enumerate(few):
+                with finished.running([layer], index):
+                    deviations.append(deviation(before[index], some_outputs(model, batch)))
         finally:
             handle.remove()
-        weights[name] = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+        return sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+
+    weights = {}
+    for name, curve in curves.items():
+        weights[name] = known.remember(f"weight of {name}", functools.partial(measured, name, curve), number)
         report("weighed", len(weights), len(curves))
     if not any(weights.values()):
         raise FiftyfoldError(

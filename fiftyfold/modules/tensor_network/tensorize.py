@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -11,11 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.journal import Journal, open_journal
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import (
     Operation,
     apply_operation,
     check_order,
+    loading_values,
     register_operation,
     structure_log,
     values_follow,
@@ -29,6 +32,7 @@ from fiftyfold.modules.tensor_network.layers import (
     install_network,
     matrix_shape,
 )
+from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.targets import find_matrices
 
 OPERATION = "tensorize"
@@ -62,6 +66,8 @@ def tensorize(
     exclude: Targets = (),
     step: int = 0,
     optimizer: Optimizer | None = None,
+    report: Report = silent,
+    work_folder: str | Path | None = None,
 ) -> list[str]:
     """Replace weight matrices by matrix product operators, in place, from sequential singular value decompositions.
 
@@ -82,13 +88,16 @@ def tensorize(
         step: the optimizer step at which this happens, for the log.
         optimizer: the optimizer that trains the model, if there is one; the new parameters enter the groups of those
             that they replace.
+        report: is called as the matrices are decomposed.
+        work_folder: where each network is kept as soon as it is found, so that the same call goes on where a process
+            was killed; delete it once the model is saved.
 
     Returns:
         The names of the layers.
 
     Raises:
-        FiftyfoldError: if an argument is impossible, nothing is found, a weight is not finite or memory runs out. The
-            model is then unchanged.
+        FiftyfoldError: if an argument is impossible, nothing is found, a weight is not finite, memory runs out, or the
+            work folder holds another decomposition. The model is then unchanged.
     """
     operation = tensorize_operation(
         model,
@@ -100,8 +109,16 @@ def tensorize(
         exclude=exclude,
         step=step,
     )
-    apply_operation(model, operation, [] if optimizer is None else [optimizer])
-    return list(operation["targets"])
+    layers, forms = dict(named_layers(model)), read_forms(operation)
+    searched = {"forms": operation["forms"], "weights": {name: layers[name].weight for name in forms}}
+    with open_journal(None if work_folder is None else Path(work_folder), searched, "a decomposition") as journal:
+        found = _decomposed(layers, forms, report=report, journal=journal)
+    # On the meta device there are none.
+    numbers = {name: found[id(layers[name].weight)] for name in forms if id(layers[name].weight) in found}
+    with loading_values():
+        apply_operation(model, operation, [] if optimizer is None else [optimizer])
+    _give_numbers(model, numbers)
+    return list(forms)
 
 
 def tensorize_operation(
@@ -257,20 +274,44 @@ def _check_layer(model: nn.Module, layer: nn.Module | None, name: str, form: Net
         raise FiftyfoldError(f"the log's {name!r} is a matrix {form.shape}; the model's is {matrix_shape(layer)}.")
 
 
-def _decomposed(layers: Mapping[str, nn.Module], forms: Mapping[str, NetworkForm]) -> dict[int, nn.Parameter]:
+def _decomposed(
+    layers: Mapping[str, nn.Module],
+    forms: Mapping[str, NetworkForm],
+    *,
+    report: Report = silent,
+    journal: Journal | None = None,
+) -> dict[int, nn.Parameter]:
     """Return the numbers of all networks by the identity of the weight that they replace."""
     weights: dict[int, nn.Parameter] = {}
-    for name, form in forms.items():
+    for done, (name, form) in enumerate(forms.items(), 1):
         old = layers[name].weight
         assert isinstance(old, torch.Tensor)
-        if id(old) in weights or old.is_meta:
-            continue
-        try:
-            numbers = flat_numbers(cores_of(layers[name], form))
-        except FiftyfoldError as error:
-            raise FiftyfoldError(f"{name}: {error}") from error
-        weights[id(old)] = nn.Parameter(numbers.to(old.dtype), requires_grad=old.requires_grad)
+        if not (id(old) in weights or old.is_meta):
+            numbers = _numbers(layers[name], name, form, journal or Journal())
+            weights[id(old)] = nn.Parameter(numbers.to(old.device, old.dtype), requires_grad=old.requires_grad)
+        report("decomposed", done, len(forms))
     return weights
+
+
+@torch.no_grad()
+def _give_numbers(model: nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
+    layers = dict(named_layers(model))
+    for name, values in numbers.items():
+        weight = layers[name].weight
+        assert isinstance(weight, torch.Tensor)
+        weight.copy_(values)
+
+
+def _numbers(layer: nn.Module, name: str, form: NetworkForm, journal: Journal) -> torch.Tensor:
+    key = f"network {name}"
+    if key in journal:
+        return journal.tensors(key)["numbers"]
+    try:
+        numbers = flat_numbers(cores_of(layer, form))
+    except FiftyfoldError as error:
+        raise FiftyfoldError(f"{name}: {error}") from error
+    journal.add(key, list(form.shape), {"numbers": numbers})
+    return numbers
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:

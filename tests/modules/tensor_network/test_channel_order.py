@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fiftyfold.modules import compress_matrices
-from fiftyfold.modules.tensor_network import compress_matrices as module
+from fiftyfold.modules.tensor_network import compressed_copy as module
 from fiftyfold.modules.tensor_network.channel_order import (
     ChannelGroup,
     ChannelOrders,
@@ -128,7 +128,7 @@ def test_sorted_networks_stand_for_the_same_layers(kind, prefix, monkeypatch):
     monkeypatch.setattr(module, "first_error", lambda _, __, *rest: judge(*rest))
     judge = always()
     compress_matrices(model, TEXT, **arguments)
-    monkeypatch.setattr(module, "sort_channels", lambda *_: ChannelOrders())
+    monkeypatch.setattr(module, "sort_channels", lambda *_, **__: ChannelOrders())
     compress_matrices(unsorted, TEXT, **arguments)
 
     def deviation(each):
@@ -139,7 +139,7 @@ def test_sorted_networks_stand_for_the_same_layers(kind, prefix, monkeypatch):
 
 
 def test_low_rank_alone_sorts_nothing(monkeypatch):
-    monkeypatch.setattr(module, "sort_channels", lambda *_: pytest.fail("it makes no difference"))
+    monkeypatch.setattr(module, "sort_channels", lambda *_, **__: pytest.fail("it makes no difference"))
     compress_matrices(tiny_model("bert"), TEXT, 0.4, families=("svd",), allocation="uniform")
 
 

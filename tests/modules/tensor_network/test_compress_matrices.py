@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices, export, load, quantize, tensorize
+from fiftyfold.modules.journal import LINES_FILE, Journal
 from fiftyfold.modules.structure import loading_values, replay, structure_log
 from fiftyfold.modules.tensor_network.moments import call_order, collect_moments
+from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from tests.tiny import tiny_batch, tiny_bert, tiny_causal, tiny_model
 
 TEXT = [tiny_batch(seed) for seed in range(4)]
@@ -238,4 +241,117 @@ def test_each_matrix_is_reported():
     model, told = tiny_model("bert"), []
     results = compress_matrices(model, TEXT, 0.5, report=lambda *words: told.append(words))
     count = len(results)
-    assert told == [(what, done, count) for what in ("weighed", "compressed") for done in range(1, count + 1)]
+    orders = [words for words in told if words[0] == "ordered"]
+    assert orders == [("ordered", done, len(orders)) for done in range(1, len(orders) + 1)]
+    others = [words for words in told if words[0] != "ordered"]
+    assert others == [(what, done, count) for what in ("weighed", "compressed") for done in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("llama", {}),
+        ("bert", {"compressed_prefix": False}),
+        ("gpt2", {"families": ("mpo2",)}),
+        ("llama", {"factor_bits": 8, "whole_bits": (3, 4, 8)}),
+    ],
+    ids=str,
+)
+def test_it_goes_on_after_each_thing_that_it_found(kind, arguments, every, tmp_path, monkeypatch):
+    whole, keep = tiny_model(kind), 0.4
+    expected = compress_matrices(whole, TEXT, keep, **arguments)
+    add, left = Journal.add, every
+
+    def cut(self, *found):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        add(self, *found)
+
+    monkeypatch.setattr(Journal, "add", cut)
+    found, cuts = None, 0
+    while found is None:
+        left, model = every, tiny_model(kind)
+        try:
+            found = compress_matrices(model, TEXT, keep, work_folder=tmp_path, **arguments)
+        except KeyboardInterrupt:
+            cuts += 1
+    assert found == expected
+    assert cuts >= len(found) // every
+    assert_equal(model, whole)
+    left, again = 0, tiny_model(kind)
+    compress_matrices(again, TEXT, keep, work_folder=str(tmp_path), **arguments)
+    assert_equal(again, whole)
+
+
+def assert_equal(model, other):
+    values = other.state_dict()
+    for name, value in model.state_dict().items():
+        assert value == values[name] if not isinstance(value, torch.Tensor) else torch.equal(value, values[name]), name
+
+
+@pytest.mark.parametrize("what", ["keep", "text", "weights", "plan"])
+def test_the_work_folder_of_another_compression_is_refused_and_stays(what, tmp_path):
+    compress_matrices(tiny_model("bert"), TEXT, 0.5, allocation="uniform", work_folder=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tiny_model("bert")
+    if what == "weights":
+        model.bert.encoder.layer[0].output.dense.weight.data[0, 0] += 1
+    text = TEXT[::-1] if what == "text" else TEXT
+    arguments = {"keep": 0.4 if what == "keep" else 0.5, "sweeps": 3 if what == "plan" else SWEEPS}
+    with pytest.raises(FiftyfoldError, match="another model or text, or with other options"):
+        compress_matrices(model, text, allocation="uniform", work_folder=tmp_path, **arguments)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not structure_log(model)
+
+
+def _swap(line, key, other):
+    line["value"][key] = other
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("matrix", lambda line: _swap(line, "error", "small")),
+        ("matrix", lambda line: _swap(line, "form", {})),
+        ("matrix", lambda line: line["value"]["form"].update(shape=[1, 1])),
+        ("matrix", lambda line: line.update(value=None)),
+        ("matrix", lambda line: line.update(file="../../absent.safetensors")),
+        ("matrix", lambda line: line.pop("digest")),
+        ("bytes", lambda line: line["value"].popitem()),
+        ("order", lambda line: line["value"]["rows"].update(absent=[0])),
+        ("order", lambda line: line["value"]["columns"].update({"bert.encoder.layer.0.output.dense": [0, 0]})),
+        ("order", lambda line: line.update(value=[])),
+    ],
+)
+def test_an_altered_work_folder_is_refused(key, change, tmp_path):
+    compress_matrices(tiny_model("bert"), TEXT, 0.4, allocation="uniform", work_folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / LINES_FILE).read_text().splitlines()]
+    change(next(line for line in lines if line.get("key", "").startswith(key)))
+    (tmp_path / LINES_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(FiftyfoldError, match=r"is damaged \(at .*delete .* to begin anew"):
+        compress_matrices(tiny_model("bert"), TEXT, 0.4, allocation="uniform", work_folder=tmp_path)
+
+
+def test_a_layer_that_is_called_twice_serves_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(24, 24, bias=False)
+
+        def forward(self, x):
+            return self.inner(self.inner(x).roll(12, dims=-1))
+
+    model, x = Twice(), torch.randn(400, 24)
+    x[:, 12:] *= 0.01
+    second = model.inner(x).roll(12, dims=-1).detach()
+    original = model.inner.weight.detach().clone()
+    found = compress_matrices(model, [x], 0.6, targets=["inner"], families=("svd",), allocation="uniform")
+    difference = model.inner.dense_weight().detach() - original
+    both = torch.cat([x, second])
+    expected = float((both @ difference.T).norm() / (both @ original.T).norm())
+    assert found["inner"].error == pytest.approx(expected, rel=1e-3)
+    assert expected > 0.1, "the first call alone leaves half of the inputs free"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fiftyfold.modules import compress_matrices
-from fiftyfold.modules.tensor_network import compress_matrices as module
+from fiftyfold.modules.tensor_network import compressed_copy as module
 from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
 from tests.text import tiny_language_model, tokens
 
