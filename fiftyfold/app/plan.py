@@ -60,6 +60,8 @@ def plan(
 ) -> None:
     """Tell what a compression would come to, before anything is downloaded or trained.
 
+    A network counts with the numbers that an exported folder keeps; a few more train (its gauge is free then).
+
     Args:
         model: a folder, a hub id, a configuration file, or one that is shipped: compactifai/llama2_7b.
         recipe: a recipe for `fiftyfold fit`, such as compactifai/size_faithful; what is done is what its callbacks do,
@@ -87,7 +89,10 @@ def plan(
         steps.append(("tensorized", lambda m: tensorize(m, cores, bond, keep=keep, exclude=exclude or ())))
     if weight_bits is not None:
         steps.append((f"{weight_bits}-bit weights", lambda m: quantize(m, weight_bits=weight_bits)))
-    rows = make_plan(empty_model(model), [*(recipe_steps(recipe) if recipe else []), *steps], rest_bits, rest_targets)
+    from_recipe = recipe_steps(recipe) if recipe else []
+    for name in {name for name, _ in from_recipe} & {name for name, _ in steps}:
+        raise FiftyfoldError(f"the recipe's layers are {name} already; leave out the option that does it again.")
+    rows = make_plan(empty_model(model), [*from_recipe, *steps], rest_bits, rest_targets)
     print_plan(rows, title=f"{model}{' · ' + recipe if recipe else ''}")
     if output is not None:
         Path(output).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -264,7 +264,7 @@ def build_text(recipe: TensorizeRecipe) -> LanguageModelingDataModule:
 
 
 def count_numbers(model: torch.nn.Module) -> int:
-    """Return how many numbers a model has, those of its networks' cores counted as they train."""
+    """Return how many numbers a model has, those of its networks' cores counted as a file keeps them."""
     return model_size(model).parameters
 
 

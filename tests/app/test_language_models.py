@@ -97,6 +97,7 @@ def test_a_masked_model_is_scored_on_the_split_that_the_figures_name(place: Path
         (["plan", "absent"], "no configuration"),
         (["plan", "teacher", "--keep", "0"], "between 0 and 1"),
         (["plan", "teacher", "--keep", "0.3", "--bond_dimension", "4"], "give one of them"),
+        (["plan", "teacher", "--recipe", "compactifai/heal_blocks", "--keep", "0.3"], "are tensorized already"),
         (["plan", "teacher", "--recipe", "absent"], "no recipe"),
         (["plan", "teacher", "--recipe", "xtc/teacher"], "no recipe with callbacks|compresses anything"),
         (["plan", "teacher", "--recipe", "compactifai/chosen_by_data"], "MatrixCompression, whose networks the data"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -109,6 +109,8 @@ def matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) -
     Raises:
         FiftyfoldError: if a pattern is wrong or finds nothing; ``argument`` is what the user called it.
     """
+    if not isinstance(patterns, str | Iterable):
+        raise FiftyfoldError(f"{argument} must be a pattern or several, not {patterns!r}.")
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
@@ -116,7 +118,7 @@ def matching(argument: str, patterns: Targets, eligible: dict[str, nn.Module]) -
         except (re.error, TypeError) as error:
             raise FiftyfoldError(f"{argument}: {pattern!r} is not a regular expression ({error}).") from error
         if not matches:
-            raise FiftyfoldError(f"{argument}: no layer's name has {pattern!r}; there are {examples(eligible)}.")
+            raise FiftyfoldError(f"{argument}: no layer's name has {pattern!r}; the names are {examples(eligible)}.")
         found |= matches
     return found
 

@@ -213,6 +213,8 @@ def check_arguments(keep: float, **arguments: Unpack[CompressionArguments]) -> N
         raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.factor_bits!r}.")
     if any(bits not in _WHOLE_BITS for bits in plan.whole_bits):
         raise FiftyfoldError(f"whole_bits must be some of 3, 4 and 8, not {list(plan.whole_bits)}.")
+    if type(plan.sweeps) is not int or plan.sweeps < 1:
+        raise FiftyfoldError(f"sweeps must be an integer of at least 1, not {plan.sweeps!r}.")
     if plan.allocation not in get_args(Allocation):
         allowed = ", ".join(map(repr, get_args(Allocation)))
         raise FiftyfoldError(f"allocation must be one of {allowed}, not {plan.allocation!r}.")

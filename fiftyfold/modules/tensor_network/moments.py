@@ -186,9 +186,13 @@ def check_batches(batches: Iterable[Batch]) -> list[Batch]:
     """Return calibration batches as a list.
 
     Raises:
-        FiftyfoldError: if there are none, or they hold nothing.
+        FiftyfoldError: if there are none, they hold nothing, or one is neither a tensor nor arguments by name.
     """
     found = list(batches)
+    if wrong := [batch for batch in found if not isinstance(batch, torch.Tensor | Mapping)]:
+        raise FiftyfoldError(
+            f"batches must be tensors, or arguments by name, not {type(wrong[0]).__name__}; tokenize the text."
+        )
     tensors = [batch if isinstance(batch, torch.Tensor) else batch.get("input_ids") for batch in found]
     if not found or all(isinstance(tensor, torch.Tensor) and tensor.numel() == 0 for tensor in tensors):
         raise FiftyfoldError("the calibration text is empty; give at least one batch with tokens.")

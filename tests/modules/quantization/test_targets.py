@@ -120,11 +120,15 @@ def test_compiled_parts_leave_no_trace_in_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": "nothing_like_it"}, r"targets: no layer's name has 'nothing_like_it'; there are bert\.embeddings"),
+        (
+            {"targets": "nothing_like_it"},
+            r"targets: no layer's name has 'nothing_like_it'; the names are bert\.embeddings",
+        ),
         ({"targets": ["query", "qeury"]}, "targets: no layer's name has 'qeury'"),
         ({"targets": "("}, r"targets: '\(' is not a regular expression"),
         ({"exclude": "qeury"}, "exclude: no layer's name has 'qeury'"),
         ({"targets": "query", "exclude": "query"}, "leave nothing to quantize"),
+        ({"targets": None}, "targets must be a pattern or several"),
         ({"targets": []}, "leave nothing to quantize"),
     ],
 )

@@ -195,6 +195,9 @@ def test_the_log_holds_the_results():
         (TEXT, {"families": ("tucker",)}, "families"),
         (TEXT, {"factor_bits": 4}, "factor_bits"),
         (TEXT, {"whole_bits": (5,)}, "whole_bits"),
+        (TEXT, {"sweeps": -1}, "sweeps"),
+        (TEXT, {"targets": None}, "targets must be a pattern"),
+        ("a sentence", {}, "not str; tokenize"),
         (TEXT, {"targets": "embeddings"}, "is an embedding"),
     ],
 )
