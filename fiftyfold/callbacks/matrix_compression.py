@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities import move_data_to_device
@@ -40,6 +41,8 @@ from fiftyfold.modules.tensor_network.families import Family
 from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.progress import ends_a_tenth
 from fiftyfold.modules.tensor_network.targets import find_matrices
+
+_PATIENCE = timedelta(days=7)
 
 _Found = TypeVar("_Found")
 _Calls = tuple[str, list[dict[str, Any]]] | FiftyfoldError
@@ -146,10 +149,7 @@ class MatrixCompression(OperationCallback):
         with undisturbed(trainer) as loader:
             mine = _attempt(lambda: calls_of(root, names, _steps(trainer, itertools.islice(loader, self.batches))))
         found = _gathered(mine)
-        outcome: tuple[str, Compression] | FiftyfoldError | None = None
-        if trainer.is_global_zero:
-            outcome = _attempt(lambda: self._compress(root, names, found))
-        self._found = _demand(trainer.strategy.broadcast(outcome))
+        self._found = _demand(_found_by_the_first(lambda: _attempt(lambda: self._compress(root, names, found))))
         return self._found[1].operation(trainer.global_step, self._found[0])
 
     def give_values(self, root: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -219,6 +219,21 @@ def _gathered(mine: _Calls) -> list[_Calls]:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, move_data_to_device(mine, "cpu"))
+    return found
+
+
+def _found_by_the_first(find: Callable[[], _Found]) -> _Found:
+    """Return what the first rank finds; the others wait for it, however long that takes."""
+    if not dist.is_initialized():
+        return find()
+    # The ranks' own group gives up after half an hour, or less.
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        outcome: list[Any] = [find() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    found: _Found = outcome[0]
     return found
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -100,6 +103,20 @@ def test_each_process_calibrates_on_batches_of_its_own_where_lightning_would_sha
     first, second = run_on_ranks(body)
     every = sorted(pairs().tensors[0][:, 0].tolist())
     assert sorted(first + second) == (every if injected else sorted(every * 2))
+
+
+def test_the_other_ranks_wait_longer_than_their_group_would():
+    def body():
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=8))
+        slow = MatrixCompression(0.6, batches=2)
+        compress = slow._compress
+        slow._compress = lambda *found: time.sleep(12) or compress(*found)
+        module = BertUser()
+        make_trainer([slow], max_steps=1, max_epochs=-1, strategy=strategy, devices=2).fit(module)
+        return structure_log(module.model)
+
+    first, second = run_on_ranks(body)
+    assert first == second != []
 
 
 def test_a_training_step_that_does_not_count_its_batches():
