@@ -18,7 +18,7 @@ from fiftyfold.app.progress import shown
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.datamodules.glue import at_least_one
-from fiftyfold.modules.journal import number, open_journal
+from fiftyfold.modules.journal import number, open_journal, tensors_of
 from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error, profiled_matrices
 from fiftyfold.modules.pretrained import load_language_model
 from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form
@@ -110,7 +110,7 @@ def profile(
         **{"model": model, "data": data, "metric": metric, "cores": cores, "split": split},
         **{"tokens": tokens, "window": length, "document_separator": document_separator, "text_column": text_column},
     }
-    measured = {"weights": loaded.state_dict(), "text": text.row(_split(text))[:tokens]}
+    measured = {"weights": tensors_of(loaded), "text": text.row(_split(text))[:tokens]}
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
     with open_journal(folder, {**options, **measured}, "a profile") as journal:
         missing = {place: form for place, form in forms.items() if _key(*place) not in journal}

@@ -14,6 +14,7 @@ import lightning
 import torch
 from transformers import PreTrainedModel
 
+from fiftyfold.app.kept_scores import kept_score
 from fiftyfold.app.progress import shown
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
@@ -32,6 +33,7 @@ from fiftyfold.modules import (
 )
 from fiftyfold.modules.healing import HealingLoss
 from fiftyfold.modules.healing_module import stage_shares
+from fiftyfold.modules.journal import tensors_of
 from fiftyfold.modules.learning_rate import stage_ends
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.report import ExportReport
@@ -207,16 +209,16 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     teacher = load_language_model(recipe.model, "model", recipe.objective)
     text = build_text(recipe)
     text.setup("fit")
-    before = _score(teacher, text, recipe.objective)
-    if recipe.epochs:
-        stage_ends(stage_shares(recipe.block_share), recipe.epochs * len(text.train_dataloader()))
     work = folder.with_name(folder.name + ".work")
     options = json.loads(json.dumps(asdict(recipe)))
     with work_folder(work, options, keeps=(DECOMPOSED, MATRICES)) as resume_from:
+        before = _score(teacher, text, work)
+        if recipe.epochs:
+            stage_ends(stage_shares(recipe.block_share), recipe.epochs * len(text.train_dataloader()))
         if not (work / DECOMPOSED).is_dir():
             _decompose(recipe, teacher, text, work)
         shutil.rmtree(work / MATRICES, ignore_errors=True)
-        decomposed = _score(load(work / DECOMPOSED), text, recipe.objective)
+        decomposed = _score(load(work / DECOMPOSED), text, work)
         student, healed = _heal(recipe, text, work, resume_from), recipe.epochs > 0
         scores = {"original": before, "decomposed": decomposed}
         report, aside = {"recipe": options, "scores": scores}, work / "packed"
@@ -281,7 +283,7 @@ def _pack(
     # What goes to disk is what is scored.
     round_rest(student)
     written = export(student, folder, tokenizer=text.tokenizer, report=report, overwrite=True)
-    return written, _score(load(folder), text, recipe.objective)
+    return written, _score(load(folder), text, folder.parent)
 
 
 def _is_better(scores: dict[str, float], others: dict[str, float]) -> bool:
@@ -354,5 +356,8 @@ def _heal(
     return module.student.eval()
 
 
-def _score(model: Any, text: LanguageModelingDataModule, objective: Objective) -> dict[str, float]:
-    return score(LanguageModelingModule(model, objective=objective), text)
+def _score(model: PreTrainedModel, text: LanguageModelingDataModule, work: Path) -> dict[str, float]:
+    def find() -> dict[str, float]:
+        return score(LanguageModelingModule(model, objective=text.objective), text)
+
+    return kept_score(work / "scores.json", [tensors_of(model), list(text.val_dataloader())], find)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,10 +15,12 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.file_replacement import replaced_file
+from fiftyfold.modules.surgery import plain_name
 
 LINES_FILE = "journal.jsonl"
 """One line for each thing that was found, below one that says what was searched."""
@@ -158,6 +161,12 @@ def digest_of(value: Any) -> str:
     for part in _parts(value):
         digest.update(part)
     return digest.hexdigest()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all that a model computes with, by plain names; not what its state dict tells besides, such as a log."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {plain_name(name): tensor for name, tensor in named}
 
 
 def number(value: Any) -> float:

@@ -415,6 +415,44 @@ def test_a_decomposition_goes_on_where_it_was_interrupted(
     assert not Path("small.work").exists()
 
 
+def test_a_run_that_goes_on_scores_nothing_twice(place: Path, monkeypatch) -> None:
+    from fiftyfold.app import tensorize
+    from fiftyfold.modules.healing_module import HealingModule
+
+    score, scored, original = tensorize.score, [], HealingModule.training_losses
+
+    def note(*arguments):
+        scored.append(score(*arguments))
+        return scored[-1]
+
+    def cut(module, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorize, "score", note)
+    assert main(tensorize_words()) == 0
+    Path("small").rename("whole")
+    once = [*scored]
+    scored.clear()
+    monkeypatch.setattr(HealingModule, "training_losses", cut)
+    assert main(tensorize_words()) == 130
+    monkeypatch.setattr(HealingModule, "training_losses", original)
+    assert main(tensorize_words()) == 0
+    found = json.loads(Path("small/fiftyfold_report.json").read_text())["scores"]
+    assert scored == once
+    assert found == json.loads(Path("whole/fiftyfold_report.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b'{"a": {"b": "c"}}', b"\xff", b"[" * 100_000])
+def test_scores_that_cannot_be_read_are_measured_anew(content: bytes, tmp_path: Path) -> None:
+    from fiftyfold.app.kept_scores import kept_score
+
+    path = tmp_path / "scores.json"
+    path.write_bytes(content)
+    assert kept_score(path, [torch.ones(1)], lambda: {"score": 0.1}) == {"score": 0.1}
+    assert kept_score(path, [torch.zeros(1)], lambda: {"score": 0.2}) == {"score": 0.2}
+    assert kept_score(path, [torch.ones(1)], lambda: pytest.fail("it is known")) == {"score": 0.1}
+
+
 def test_a_model_that_changed_since_is_refused_and_what_was_found_stays(place: Path, monkeypatch, capsys) -> None:
     with monkeypatch.context() as patch:
         cut_after(patch, 5)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.journal import number, open_journal
+from fiftyfold.modules.journal import number, open_journal, tensors_of
 from fiftyfold.modules.quantization.quantize import quantize_operation
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
@@ -239,7 +239,7 @@ def plan_compression(
     plan = Plan(**arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
-    searched = {"names": names, "keep": keep, "plan": asdict(plan), "weights": model.state_dict(), "text": found}
+    searched = {"names": names, "keep": keep, "plan": asdict(plan), "weights": tensors_of(model), "text": found}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
