@@ -29,7 +29,8 @@ def sole_writer(path: Path, what: str) -> Iterator[None]:
             file = stack.enter_context(path.open("ab"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A run that ends may delete its folder before our opening, or between that and our lock.
-            os.stat(path)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise FileNotFoundError(path)
         except (BlockingIOError, FileNotFoundError) as error:
             raise FiftyfoldError(
                 f"another run is writing {what} just now; wait for its end, or name another output."

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fiftyfold.file_replacement import replaced_file
-from fiftyfold.modules.journal import digest_of, number
+from fiftyfold.modules.digest import digest_of
+from fiftyfold.modules.journal import number
 
 Scores = dict[str, float]
 

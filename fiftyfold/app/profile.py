@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from fiftyfold.app.progress import shown
 from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.datamodules.glue import at_least_one
-from fiftyfold.modules.journal import number, open_journal, tensors_of
+from fiftyfold.modules.digest import digest_of, identity_of
+from fiftyfold.modules.journal import number, open_journal
 from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error, profiled_matrices
 from fiftyfold.modules.pretrained import load_language_model
 from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form
@@ -68,8 +69,8 @@ def profile(
 ) -> None:
     """Tensorize one matrix at a time, measure the model, and write a table and a heat-map.
 
-    Ctrl-C or a crash loses one cell: the same command goes on where it stopped, and one with more bond dimensions or
-    matrices measures only those.
+    Ctrl-C or a crash loses one cell: the same command goes on where it stopped, and one with other bond dimensions or
+    matrices adds theirs.
 
     Args:
         model: a folder or a hub id.
@@ -106,13 +107,14 @@ def profile(
     )
     layers = profiled_matrices(loaded, "default" if targets is None else targets, exclude or ())
     forms = {(name, bond): _form(loaded.get_submodule(name), cores, bond, split) for name in layers for bond in bonds}
-    options = {
+    options: dict[str, Any] = {
         **{"model": model, "data": data, "metric": metric, "cores": cores, "split": split},
         **{"tokens": tokens, "window": length, "document_separator": document_separator, "text_column": text_column},
     }
-    measured = {"weights": tensors_of(loaded), "text": text.row(_split(text))[:tokens]}
+    model_digest, row = digest_of(identity_of(loaded)), text.row(_split(text))[:tokens]
+    options |= {"model_digest": model_digest, "text_digest": digest_of(row)}
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
-    with open_journal(folder, {**options, **measured}, "a profile") as journal:
+    with open_journal(folder, lambda: options, "a profile") as journal:
         missing = {place: form for place, form in forms.items() if _key(*place) not in journal}
         measure = _one_pass if metric == "output_error" else _one_at_a_time
         with shown("Cells") as report:
@@ -120,10 +122,11 @@ def profile(
             for done, cell in enumerate(new, len(forms) - len(missing) + 1):
                 journal.add(_key(cell.layer, cell.bond_dimension), asdict(cell))
                 report("measured", done, len(forms))
-        cells = [
-            journal.read(_key(*place), functools.partial(_read_cell, place=place, metric=metric)) for place in forms
-        ]
-        write_profile(folder, {**options, "layers": layers, "bond_dimensions": bonds}, cells)
+        order = [name for name, _ in loaded.named_modules()]
+        read = functools.partial(_read_cell, metric=metric, known=order)
+        cells = [journal.read(key, functools.partial(read, key=key)) for key in journal.keys]
+        cells.sort(key=lambda cell: (order.index(cell.layer), cell.bond_dimension))
+        write_profile(folder, options, cells)
     print(f"{folder}: {len(cells)} cells in profile.csv, profile.json and profile.png")
 
 
@@ -217,15 +220,15 @@ def _key(layer: str, bond_dimension: int) -> str:
     return f"{layer} at {bond_dimension}"
 
 
-def _read_cell(values: Any, place: tuple[str, int], metric: Metric) -> Cell:
-    """Return a cell that an interrupted run, or one of another sweep, left.
+def _read_cell(values: Any, key: str, metric: Metric, known: Collection[str]) -> Cell:
+    """Return a cell that this run, an interrupted one, or one of another sweep left, of one of the known layers.
 
     Raises:
-        ValueError: if it is not that of this place.
+        ValueError: if it is not that of the key.
         TypeError: if it is no cell.
     """
     cell = Cell(**values)
-    if (cell.layer, cell.bond_dimension, cell.metric) != (*place, metric):
+    if (_key(cell.layer, cell.bond_dimension), cell.metric) != (key, metric) or cell.layer not in known:
         raise ValueError("another cell")
     for each in (cell.kept, cell.value, cell.change):
         number(each)

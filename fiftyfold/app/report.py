@@ -30,7 +30,9 @@ def read_rows(folder: Path) -> tuple[list[Row], str]:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise FiftyfoldError(f"{folder} has no {REPORT_FILE}; give a folder that fiftyfold compress wrote.")
+        raise FiftyfoldError(
+            f"{folder} has no {REPORT_FILE}; give a folder that fiftyfold compress or tensorize wrote."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [Row(**row) for row in content["rows"]], str(content["metric"])

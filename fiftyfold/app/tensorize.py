@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,92 +12,32 @@ import lightning
 import torch
 from transformers import PreTrainedModel
 
+from fiftyfold.app.decomposition import DECOMPOSED, MATRICES, decompose
 from fiftyfold.app.kept_scores import kept_score
-from fiftyfold.app.progress import shown
+from fiftyfold.app.report import read_rows
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
-from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
+from fiftyfold.app.tensorize_recipe import Method, TensorizeRecipe, build_text, check_steps, text_digest
+from fiftyfold.app.training import OPTIONS_FILE, claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import (
     HealingModule,
     LanguageModelingModule,
-    compress_matrices,
     export,
     load,
     quantize_bitsandbytes,
-    tensorize,
 )
-from fiftyfold.modules.healing import HealingLoss
-from fiftyfold.modules.healing_module import stage_shares
-from fiftyfold.modules.journal import tensors_of
-from fiftyfold.modules.learning_rate import stage_ends
+from fiftyfold.modules.digest import digest_of, identity_of
 from fiftyfold.modules.packed.contents import round_rest
+from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.packed.report import ExportReport
 from fiftyfold.modules.pretrained import Objective, load_language_model
-from fiftyfold.modules.quantization.bitsandbytes_layers import Bits, dense_linears
 from fiftyfold.modules.sizes import model_size
 from fiftyfold.modules.tensor_network.budget import Allocation
 from fiftyfold.modules.tensor_network.layers import network_layers
-from fiftyfold.modules.tensor_network.tensorize import Split, check_arguments
-
-WHOLE_BITS = (3, 4, 8)
-"""In which a matrix may stay whole, where cores are quantized."""
-
-DECOMPOSED = "decomposed"
-"""Folder, below the work folder, of the model as it is before it is healed."""
-
-MATRICES = "matrices"
-"""Folder, below the work folder, of the matrices that are compressed already, while others are not."""
-
-CALIBRATION_TOKENS = 65_536
-"""Tokens of the training text on which the outputs of layers are compared."""
-
-Method = Literal["activations", "weights"]
-
-
-@dataclass(frozen=True)
-class TensorizeRecipe:
-    """What decides one compression; the fields are the arguments of ``fiftyfold tensorize``.
-
-    Raises:
-        FiftyfoldError: if a training could not even begin with a value.
-    """
-
-    model: str
-    data: str
-    keep: float
-    method: Method
-    allocation: Allocation
-    cores: int
-    split: Split
-    exclude: tuple[str, ...]
-    objective: Objective
-    epochs: int
-    block_share: float
-    hidden_weight: float
-    learning_rate: float
-    batch_size: int
-    sequence_length: int | None
-    limit_train: int | None
-    core_bits: Literal[8] | None
-    rest_bits: Bits | None
-    document_separator: str
-    text_column: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise FiftyfoldError(f"epochs is {self.epochs}, but cannot be negative.")
-        by_weights = self.method == "weights"
-        if by_weights and self.core_bits is not None and self.epochs == 0:
-            raise FiftyfoldError("core_bits quantizes networks cut by their weights in training: give epochs.")
-        check_arguments(self.cores if by_weights else 2, 1, self.keep, self.split if by_weights else "even")
-        stage_shares(self.block_share)
-        HealingLoss(hidden=self.hidden_weight)
-        if not self.learning_rate > 0:
-            raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
+from fiftyfold.modules.tensor_network.tensorize import Split
 
 
 def tensorize_command(
@@ -203,27 +141,28 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     Raises:
         FiftyfoldError: if something does not fit; nothing is overwritten.
     """
+    work = folder.with_name(folder.name + ".work")
+    options = json.loads(json.dumps(asdict(recipe)))
+    if _is_delivered(folder, work, options):
+        shutil.rmtree(work, ignore_errors=True)
+        return _show_delivered(folder)
     claim_output(folder)
     quiet_lightning()
     lightning.seed_everything(recipe.seed, verbose=False)
     teacher = load_language_model(recipe.model, "model", recipe.objective)
     text = build_text(recipe)
     text.setup("fit")
-    work = folder.with_name(folder.name + ".work")
-    options = json.loads(json.dumps(asdict(recipe)))
-    with work_folder(work, options, keeps=(DECOMPOSED, MATRICES)) as resume_from:
+    content = {"model": digest_of(identity_of(teacher)), "text": text_digest(text)}
+    with work_folder(work, options | {"content": content}, binding=(DECOMPOSED,), kept=(MATRICES,)) as resume_from:
         before = _score(teacher, text, work)
-        if recipe.epochs:
-            stage_ends(stage_shares(recipe.block_share), recipe.epochs * len(text.train_dataloader()))
-        if not (work / DECOMPOSED).is_dir():
-            _decompose(recipe, teacher, text, work)
-        shutil.rmtree(work / MATRICES, ignore_errors=True)
+        check_steps(recipe, text)
+        decompose(recipe, teacher, text, work)
         decomposed = _score(load(work / DECOMPOSED), text, work)
         student, healed = _heal(recipe, text, work, resume_from), recipe.epochs > 0
         scores = {"original": before, "decomposed": decomposed}
         report, aside = {"recipe": options, "scores": scores}, work / "packed"
         written, after = _pack(recipe, student, text, aside, report)
-        if healed and not _quantizes_in_training(recipe) and not _is_better(after, decomposed):
+        if healed and not recipe.quantizes_in_training and not _is_better(after, decomposed):
             unhealed, other = load(work / DECOMPOSED, trainable=True), work / "unhealed"
             written_unhealed, without = _pack(recipe, unhealed, text, other, report)
             if not _is_better(after, without):
@@ -244,30 +183,30 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
             ),
         ]
         put_in_place(aside, folder, rows, metric="accuracy", scores=scores | {"exported": after})
-    show(rows, "accuracy", folder)
-    perplexities = [scores["original"], scores["decomposed"], after]
-    print("perplexity: " + " → ".join(f"{figures['val/perplexity']:.2f}" for figures in perplexities))
-    return rows
-
-
-def build_text(recipe: TensorizeRecipe) -> LanguageModelingDataModule:
-    """Return the recipe's text, tokenised as its model expects."""
-    return LanguageModelingDataModule(
-        recipe.model,
-        recipe.data,
-        objective=recipe.objective,
-        sequence_length=recipe.sequence_length,
-        document_separator=recipe.document_separator,
-        text_column=recipe.text_column,
-        batch_size=recipe.batch_size,
-        limit_train=recipe.limit_train,
-        seed=recipe.seed,
-    )
+    return _show_delivered(folder)
 
 
 def count_numbers(model: torch.nn.Module) -> int:
     """Return how many numbers a model has, those of its networks' cores counted as a file keeps them."""
     return model_size(model).parameters
+
+
+def _is_delivered(folder: Path, work: Path, options: dict[str, Any]) -> bool:
+    """Tell whether a run with these options was killed when its folder had its name already."""
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        return (work / OPTIONS_FILE).is_file() and report["run"]["recipe"] == options
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _show_delivered(folder: Path) -> list[Row]:
+    rows, metric = read_rows(folder)
+    show(rows, metric, folder)
+    scores = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["scores"]
+    perplexities = [scores[name]["val/perplexity"] for name in ("original", "decomposed", "exported")]
+    print("perplexity: " + " → ".join(f"{perplexity:.2f}" for perplexity in perplexities))
+    return rows
 
 
 def _pack(
@@ -290,48 +229,6 @@ def _is_better(scores: dict[str, float], others: dict[str, float]) -> bool:
     return scores["val/perplexity"] < others["val/perplexity"]
 
 
-def _quantizes_in_training(recipe: TensorizeRecipe) -> bool:
-    """Tell whether what was decomposed is not as small yet as it is to become."""
-    return recipe.core_bits is not None and recipe.method == "weights"
-
-
-def _decompose(recipe: TensorizeRecipe, teacher: PreTrainedModel, text: LanguageModelingDataModule, work: Path) -> None:
-    student = copy.deepcopy(teacher)
-    with shown("Matrices") as report:
-        if recipe.method == "activations":
-            arguments: dict[str, Any] = {"allocation": recipe.allocation}
-            if recipe.core_bits is not None:
-                arguments |= {"factor_bits": recipe.core_bits, "whole_bits": WHOLE_BITS}
-            compress_matrices(
-                student,
-                _calibration(text),
-                recipe.keep,
-                exclude=recipe.exclude,
-                report=report,
-                work_folder=work / MATRICES,
-                **arguments,
-            )
-        else:
-            tensorize(
-                student,
-                recipe.cores,
-                keep=recipe.keep,
-                split=recipe.split,
-                exclude=recipe.exclude,
-                report=report,
-                work_folder=work / MATRICES,
-            )
-    if recipe.rest_bits is not None and not dense_linears(student):
-        raise FiftyfoldError("tensor networks leave no dense linear layer: leave rest_bits out, or exclude layers.")
-    export(student, work / DECOMPOSED, tokenizer=text.tokenizer, rest_dtype="float32")
-
-
-def _calibration(text: LanguageModelingDataModule) -> list[dict[str, torch.Tensor]]:
-    """Return the first batches of the training text, as far as the calibration's tokens go."""
-    most = max(1, CALIBRATION_TOKENS // (text.batch_size * text.sequence_length))
-    return [{"input_ids": batch["input_ids"]} for batch in itertools.islice(text.train_dataloader(), most)]
-
-
 def _heal(
     recipe: TensorizeRecipe, text: LanguageModelingDataModule, work: Path, resume_from: Path | None
 ) -> PreTrainedModel:
@@ -344,7 +241,7 @@ def _heal(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True),
     )
     callbacks: tuple[QuantizationAwareTraining, ...] = ()
-    if recipe.core_bits is not None and _quantizes_in_training(recipe):
+    if recipe.core_bits is not None and recipe.quantizes_in_training:
         names = [rf"^{name}$".replace(".", r"\.") for name, _ in network_layers(module.student)]
         callbacks = (
             QuantizationAwareTraining(
@@ -360,4 +257,4 @@ def _score(model: PreTrainedModel, text: LanguageModelingDataModule, work: Path)
     def find() -> dict[str, float]:
         return score(LanguageModelingModule(model, objective=text.objective), text)
 
-    return kept_score(work / "scores.json", [tensors_of(model), list(text.val_dataloader())], find)
+    return kept_score(work / "scores.json", [identity_of(model), list(text.val_dataloader())], find)

@@ -23,6 +23,9 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.task_module import TaskModule
 
+OPTIONS_FILE = "options.json"
+"""In a work folder: what the run was asked for."""
+
 SAVE_EVERY_STEPS = 200
 """Optimizer steps after which an interrupted run can lose no more."""
 
@@ -53,14 +56,17 @@ def claim_output(folder: Path) -> None:
 
 
 @contextmanager
-def work_folder(folder: Path, options: dict[str, Any], *, keeps: Sequence[str] = ()) -> Iterator[Path | None]:
+def work_folder(
+    folder: Path, options: dict[str, Any], *, binding: Sequence[str] = (), kept: Sequence[str] = ()
+) -> Iterator[Path | None]:
     """Keep a run's checkpoints in ``folder`` until it has ended well.
 
     Args:
         folder: the work folder. It goes when the block ends well, or fails before there is a checkpoint or anything
-            that ``keeps`` names.
-        options: all that decides the run, as JSON values; an interrupted run goes on only under the same options.
-        keeps: of what a run that fails has to have made one for its folder to stay: files and folders inside.
+            that ``binding`` or ``kept`` names.
+        options: all that decides the run, as JSON values; a run that has a checkpoint goes on only under the same.
+        binding: files and folders inside that bind a run to its options as a checkpoint does.
+        kept: files and folders inside that know by themselves what they belong to.
 
     Yields:
         The checkpoint to go on from, or None for a new run.
@@ -69,20 +75,20 @@ def work_folder(folder: Path, options: dict[str, Any], *, keeps: Sequence[str] =
         FiftyfoldError: if the folder holds a run with other options that made something, a run that goes on just now,
             or something else.
     """
-    stamp, last = folder / "options.json", folder / "last.ckpt"
+    stamp, last = folder / OPTIONS_FILE, folder / "last.ckpt"
 
-    def has_begun() -> bool:
-        return any((folder / name).exists() for name in (last.name, *keeps))
+    def has_any(*names: str) -> bool:
+        return any((folder / name).exists() for name in names)
 
     if not stamp.is_file():
         claim_output(folder)
         folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(stamp, str(folder)):
-        _stamp_options(stamp, json.dumps(options, indent=2), begun=has_begun())
+        _stamp_options(stamp, json.dumps(options, indent=2), begun=has_any(last.name, *binding))
         try:
             yield last if last.is_file() else None
         except BaseException:
-            if not has_begun():
+            if not has_any(last.name, *binding, *kept):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +100,8 @@ def _stamp_options(stamp: Path, options: str, *, begun: bool) -> None:
         stamp.write_text(options, encoding="utf-8")
     elif _chosen(found) != _chosen(options):
         raise FiftyfoldError(
-            f"{stamp.parent} holds an unfinished run with other options; repeat that command to finish it, "
-            "or delete the folder to begin anew."
+            f"{stamp.parent} holds an unfinished run with other options, or of a model or text that has changed; "
+            "repeat that command to finish it, or delete the folder to begin anew."
         )
 
 

@@ -66,7 +66,8 @@ class MatrixCompression(OperationCallback):
         exclude: patterns of names to leave alone.
         start: when; see :data:`~fiftyfold.callbacks.moment.When`.
         work_folder: where the first rank keeps each matrix as soon as it is done, so that a run that is killed
-            meanwhile, and begun again with the same seed, goes on there.
+            meanwhile goes on there when it is begun again, or resumed, with the same model and batches up to then; it
+            is refused otherwise. Each such callback needs one of its own.
     """
 
     operation = OPERATION
@@ -133,6 +134,9 @@ class MatrixCompression(OperationCallback):
         """Refuse layers that do not exist, or that another callback would give other bits."""
         super().on_train_start(trainer, pl_module)
         root = compression_root(pl_module)
+        others = [each for each in operation_callbacks(trainer) if isinstance(each, MatrixCompression)]
+        if self.work_folder is not None and [each.work_folder for each in others].count(self.work_folder) > 1:
+            raise FiftyfoldError(f"two MatrixCompression share the work folder {self.work_folder!r}; name two.")
         done = [entry["targets"] for entry in structure_log(root) if entry.get("by") == self.events[0].name]
         # A resumed run's layers are no matrices any more.
         chosen = done or [find_matrices(root, self.arguments["targets"], self.arguments["exclude"])]

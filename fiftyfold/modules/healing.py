@@ -257,6 +257,7 @@ def heal(
     if sequences.dim() != 2 or len(sequences) == 0:
         raise FiftyfoldError("healing needs text: sequences of one length, at least one.")
     check_length(student, sequences.shape[1], "student")
+    _check_tokens(sequences, teacher)
     healer = Healer(student, FrozenTeacher(teacher), layers=layers, objective=objective)
     targets, weights, guard = sequences if labels is None else labels, loss or HealingLoss(), FiniteLossGuard()
     ends = stage_ends([phase for phase in (block_steps, steps) if phase], block_steps + steps)
@@ -282,6 +283,17 @@ def heal(
     guard.check()
     student.eval()
     return losses
+
+
+def _check_tokens(sequences: Tensor, model: PreTrainedModel) -> None:
+    known = model.get_input_embeddings().num_embeddings
+    if sequences.is_floating_point() or sequences.dtype == torch.bool:
+        raise FiftyfoldError(f"the sequences hold numbers of {sequences.dtype}; tokens are integers.")
+    if not 0 <= int(sequences.min()) <= int(sequences.max()) < known:
+        raise FiftyfoldError(
+            f"the sequences have tokens from {int(sequences.min())} to {int(sequences.max())}, the model knows 0 to "
+            f"{known - 1}; is the text of another vocabulary?"
+        )
 
 
 def token_divergence(

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.file_replacement import replaced_file
-from fiftyfold.modules.surgery import plain_name
+from fiftyfold.modules.digest import digest_of
 
 LINES_FILE = "journal.jsonl"
 """One line for each thing that was found, below one that says what was searched."""
+
+_LOCK_FILE = "journal.lock"
+_FORMAT = 1
 
 _Value = TypeVar("_Value")
 
@@ -36,16 +37,24 @@ class Journal:
     Args:
         folder: where it is kept.
         stamp: digest of all that decides what is found.
+
+    Raises:
+        FiftyfoldError: if what is there is damaged.
     """
 
     def __init__(self, folder: Path | None = None, stamp: str = "") -> None:
         self._folder, self._stamp = folder, stamp
         self._lines: dict[str, Any] = {}
-        if folder is not None:
+        if folder is not None and (folder / LINES_FILE).exists():
             self._lines = _read_lines(folder / LINES_FILE, stamp)
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
+
+    @property
+    def keys(self) -> list[str]:
+        """Of all that was found, in its order."""
+        return list(self._lines)
 
     def read(self, key: str, read: Callable[[Any], _Value]) -> _Value:
         """Return what was found for a key.
@@ -79,23 +88,19 @@ class Journal:
         return found
 
     def add(self, key: str, value: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Keep what was found: plain JSON values, and perhaps tensors."""
+        """Keep what was found: plain JSON values, and perhaps tensors.
+
+        Raises:
+            FiftyfoldError: if the disk refuses.
+        """
         if self._folder is None:
             return
-        line: dict[str, Any] = {"key": key, "value": value}
-        if tensors is not None:
-            own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            file = f"{len(self._lines):05}.safetensors"
-            with replaced_file(self._folder / file) as stream:
-                stream.write(save(own))
-            line |= {"file": file, "digest": digest_of(own)}
-        # Not before: what fails without a finding leaves the folder for another search.
-        first = [] if self._lines else [{"stamp": self._stamp}]
-        with (self._folder / LINES_FILE).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(each) + "\n" for each in (*first, line))
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._lines[key] = line
+        try:
+            self._lines[key] = self._written(self._folder, key, value, tensors)
+        except OSError as error:
+            raise FiftyfoldError(
+                f"{self._folder} cannot be written ({error}); what is in it stays, and the same call goes on there."
+            ) from error
 
     def remember(self, key: str, find: Callable[[], Any], read: Callable[[Any], _Value]) -> _Value:
         """Return what was found for a key, or find it now and keep it.
@@ -106,13 +111,37 @@ class Journal:
             read: makes the value of its JSON.
 
         Raises:
-            FiftyfoldError: if the file is damaged.
+            FiftyfoldError: if what is found is no value, the file is damaged, or the disk refuses.
         """
         if key in self:
             return self.read(key, read)
         found = find()
+        try:
+            value = read(found)
+        except ValueError as error:
+            raise FiftyfoldError(f"{key}: {error}.") from error
         self.add(key, found)
-        return read(found)
+        return value
+
+    def _written(
+        self, folder: Path, key: str, value: Any, tensors: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, Any]:
+        path, line = folder / LINES_FILE, {"key": key, "value": value}
+        if not path.exists():
+            # Before anything else: a folder with other files and no stamp is not ours.
+            with replaced_file(path) as stream:
+                stream.write(_line({"stamp": self._stamp}))
+        if tensors is not None:
+            own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            file = f"{len(self._lines):05}.safetensors"
+            with replaced_file(folder / file) as stream:
+                stream.write(save(own))
+            line |= {"file": file, "digest": digest_of(own)}
+        with path.open("ab") as lines:
+            lines.write(_line(line))
+            lines.flush()
+            os.fsync(lines.fileno())
+        return line
 
     def _damaged(self, key: str, why: object) -> FiftyfoldError:
         assert self._folder is not None
@@ -122,51 +151,37 @@ class Journal:
 
 
 @contextmanager
-def open_journal(folder: Path | None, searched: Any, what: str) -> Iterator[Journal]:
+def open_journal(folder: str | Path | None, searched: Callable[[], Any], what: str) -> Iterator[Journal]:
     """Yield the journal of a search that goes on in a folder, or begins there; no other process may, meanwhile.
 
     Args:
         folder: made if it is missing, and gone again if nothing was found in it; none to keep nothing.
-        searched: what decides all that is found: nested JSON values and tensors.
+        searched: returns what decides all that is found: nested plain values and tensors.
         what: how a message calls the search: "a profile".
 
     Raises:
-        FiftyfoldError: if the folder holds another search, one that goes on just now, or a damaged one.
+        FiftyfoldError: if the folder holds another search, one that goes on just now, a damaged one or something else,
+            or cannot be made.
     """
     if folder is None:
         yield Journal()
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LINES_FILE
-    with sole_writer(path, str(folder)):
+    if not isinstance(folder, str | Path):
+        raise FiftyfoldError(f"a work folder is a path, not {folder!r}.")
+    place = Path(folder).expanduser()
+    is_new = not place.exists()
+    with ExitStack() as stack:
         try:
-            try:
-                journal = Journal(folder, digest_of(searched))
-            except _OtherSearchError as error:
-                raise FiftyfoldError(
-                    f"{folder} holds {what} of another model or text, or with other options; name another folder, or "
-                    "delete that one."
-                ) from error
-            yield journal
-        finally:
-            if not path.stat().st_size:
-                path.unlink()
-                if not any(folder.iterdir()):
-                    folder.rmdir()
-
-
-def digest_of(value: Any) -> str:
-    """Return a digest over nested mappings in any order, sequences, plain values and typed tensors."""
-    digest = hashlib.sha256()
-    for part in _parts(value):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all that a model computes with, by plain names; not what its state dict tells besides, such as a log."""
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {plain_name(name): tensor for name, tensor in named}
+            _claim(place, stack, is_new=is_new)
+            journal = Journal(place, digest_of([_FORMAT, searched()]))
+        except _OtherSearchError as error:
+            raise FiftyfoldError(
+                f"{place} holds {what} of another model or text, or with other options; name another folder, or "
+                "delete that one."
+            ) from error
+        except OSError as error:
+            raise FiftyfoldError(f"{place} cannot be a work folder ({error}); name another one.") from error
+        yield journal
 
 
 def number(value: Any) -> float:
@@ -184,33 +199,42 @@ class _OtherSearchError(Exception):
     """The stamp is another one."""
 
 
+def _claim(place: Path, stack: ExitStack, *, is_new: bool) -> None:
+    """Hold a folder that is empty or has a journal, until the stack ends; a new one that stays empty goes then."""
+    place.mkdir(parents=True, exist_ok=True)
+    lock = place / _LOCK_FILE
+
+    def leave() -> None:
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
+            if is_new:
+                place.rmdir()
+
+    ours = re.compile(rf"\.?{re.escape(LINES_FILE)}.*|{re.escape(_LOCK_FILE)}")
+    names = [path.name for path in place.iterdir()]
+    if LINES_FILE not in names and not all(map(ours.fullmatch, names)):
+        raise FiftyfoldError(f"{place} holds something else; name another folder.")
+    stack.enter_context(sole_writer(lock, str(place)))
+    stack.callback(leave)
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
 def _read_lines(path: Path, stamp: str) -> dict[str, Any]:
     """Return the lines by key; one that a kill left unfinished is cut off."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        first, *lines = [json.loads(line) for line in whole.splitlines()] or [{"stamp": stamp}]
+        first, *lines = [json.loads(line) for line in whole.splitlines()]
         found = {line["key"]: line for line in lines}
+        is_ours = set(first) == {"stamp"}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise FiftyfoldError(f"{path} is damaged ({error}); delete {path.parent} to begin anew.") from error
-    if first != {"stamp": stamp}:
+        raise FiftyfoldError(f"{path} is damaged ({error}), or none of ours; name another folder.") from error
+    if not is_ours:
+        raise FiftyfoldError(f"{path} is none of ours; name another folder.")
+    if first["stamp"] != stamp:
         raise _OtherSearchError
-    os.truncate(path, len(whole) if found else 0)
+    os.truncate(path, len(whole))
     return found
-
-
-def _parts(value: Any) -> Iterable[bytes | memoryview]:
-    if isinstance(value, torch.Tensor):
-        yield f"{value.dtype} {tuple(value.shape)} ".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif isinstance(value, Mapping):
-        yield f"mapping {len(value)} ".encode()
-        for name, each in sorted(value.items(), key=lambda item: repr(item[0])):
-            yield f"{name!r} ".encode()
-            yield from _parts(each)
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        yield f"sequence {len(value)} ".encode()
-        for each in value:
-            yield from _parts(each)
-    else:
-        yield f"{value!r} ".encode()

@@ -150,9 +150,13 @@ def apply_operation(model: nn.Module, operation: Operation, optimizers: Iterable
         FiftyfoldError: if the operation is unknown, out of order, or impossible on this model.
     """
     check_order(structure_log(model), [str(operation["op"])])
+    trainers = list(optimizers)
+    for optimizer in trainers:
+        if not hasattr(optimizer, "param_groups"):
+            raise FiftyfoldError(f"{optimizer!r} is no optimizer; give the one that trains the model, or none.")
     before = named_parameter_map(model)
     _carry_out(model, operation)
-    for optimizer in optimizers:
+    for optimizer in trainers:
         update_optimizer(optimizer, before, named_parameter_map(model))
     attach_structure(model)
     getattr(model, _LOG_ATTRIBUTE).append(json.loads(json.dumps(operation)))

@@ -267,18 +267,22 @@ def test_a_larger_sweep_measures_only_what_is_new(place: Path, monkeypatch, caps
     assert [cell["bond_dimension"] for cell in after] == [2, 3, 4] * 3
     assert [cell for cell in after if cell["bond_dimension"] != 3] == before
     assert "9 cells" in capsys.readouterr().out
+    assert main([*words, "--bond_dimensions", "2", "--exclude", "up_proj"]) == 0
+    assert json.loads(Path("out/profile.json").read_text())["cells"] == after, "what is known stays in the table"
 
 
 @pytest.mark.parametrize("change", [{"layer": "no_such"}, {"layer": []}, {"bond_dimension": 3}, {"value": "high"}])
 def test_a_profiles_altered_cell_is_named(change: dict[str, object]) -> None:
     from dataclasses import asdict
 
-    from fiftyfold.app.profile import Cell, _read_cell
+    from fiftyfold.app.profile import Cell, _key, _read_cell
 
     cell = Cell("layer", 2, 0.5, "nats", 1.0, 0.1)
-    assert _read_cell(asdict(cell), ("layer", 2), "nats") == cell
+    assert _read_cell(asdict(cell), _key("layer", 2), "nats", ["layer"]) == cell
     with pytest.raises((ValueError, TypeError)):
-        _read_cell(asdict(cell) | change, ("layer", 2), "nats")
+        _read_cell(asdict(cell) | change, _key("layer", 2), "nats", ["layer"])
+    with pytest.raises(ValueError, match="another cell"):
+        _read_cell(asdict(cell), _key("layer", 2), "nats", ["other"])
 
 
 def test_profiling_leaves_the_model_as_it_was() -> None:
@@ -408,7 +412,7 @@ def test_a_decomposition_goes_on_where_it_was_interrupted(
         assert main(tensorize_words("--epochs", "0", *more)) == 130
     lines = (Path("small.work/matrices") / LINES_FILE).read_text().splitlines()
     assert len(lines) == count + 1
-    assert main(tensorize_words("--epochs", "0", "--seed", "1", *more)) == 1
+    assert main(tensorize_words("--epochs", "0", *more, "--keep", "0.4")) == 1
     assert "other options" in capsys.readouterr().err
     assert main(tensorize_words("--epochs", "0", *more)) == 0
     assert Path("small/model.safetensors").read_bytes() == whole
@@ -440,6 +444,63 @@ def test_a_run_that_goes_on_scores_nothing_twice(place: Path, monkeypatch) -> No
     found = json.loads(Path("small/fiftyfold_report.json").read_text())["scores"]
     assert scored == once
     assert found == json.loads(Path("whole/fiftyfold_report.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("what", ["weights", "text", "configuration"])
+def test_a_run_whose_model_or_text_changed_in_healing_is_refused(place: Path, what: str, monkeypatch, capsys) -> None:
+    from fiftyfold.modules.healing_module import HealingModule
+
+    def cut(module, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingModule, "training_losses", cut)
+        assert main(tensorize_words()) == 130
+    path = {"weights": "teacher/model.safetensors", "configuration": "teacher/config.json"}.get(what)
+    path = next(Path("data").glob("valid*")) if path is None else Path(path)
+    before = path.read_bytes()
+    if what == "configuration":
+        path.write_bytes(before.replace(b'"silu"', b'"gelu"'))
+    else:
+        change(path)
+    assert path.read_bytes() != before
+    assert main(tensorize_words()) == 1
+    assert "of a model or text that has changed" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert main(tensorize_words()) == 0
+
+
+def test_a_run_killed_when_its_folder_had_its_name_shows_the_table(place: Path, monkeypatch, capsys) -> None:
+    import shutil
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert main(tensorize_words()) == 0
+    table = capsys.readouterr().out
+    assert Path("small.work/options.json").is_file()
+    assert main(tensorize_words("--keep", "0.4")) == 1, "other options"
+    assert main(tensorize_words()) == 0
+    again = capsys.readouterr().out
+    assert "perplexity:" in again
+    assert table.endswith(again)
+    assert not Path("small.work").exists()
+    assert main(tensorize_words()) == 1, "nothing is overwritten"
+
+
+def test_options_that_matter_later_may_change_while_matrices_are_compressed(place: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        cut_after(patch, 5)
+        assert main(tensorize_words()) == 130
+    assert main(tensorize_words("--epochs", "0")) == 0
+
+
+def test_a_weight_that_is_not_finite_is_found_before_the_first_is_decomposed(place: Path, capsys) -> None:
+    model = AutoModelForCausalLM.from_pretrained("teacher")
+    model.model.layers[5].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained("teacher")
+    assert main(tensorize_words("--method", "weights", "--epochs", "0")) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not Path("small.work").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b'{"a": {"b": "c"}}', b"\xff", b"[" * 100_000])
@@ -499,7 +560,7 @@ def test_impossible_orders_are_refused_before_anything_is_written(place: Path, c
         (("--method", "weights", "--cores", "1"), "cores"),
         (("--sequence_length", "41"), "reads at most 40"),
         (("--keep", ".nan"), "between 0 and 1"),
-        (("--limit_train", "4"), "cannot be divided"),
+        (("--limit_train", "4"), "healing in 1 optimizer steps"),
         (("--block_share", "1"), "block_share"),
         (("--hidden_weight", "-1"), "cannot be negative"),
     ):

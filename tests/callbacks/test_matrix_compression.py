@@ -225,6 +225,11 @@ def test_a_run_that_was_killed_while_it_compressed_goes_on_there(tmp_path, monke
     assert len(added) == len(set(added)) > 20, "nothing is found twice"
     with pytest.raises(FiftyfoldError, match="holds a compression of another model or text"):
         make_trainer([MatrixCompression(0.6, batches=2, start=2, work_folder=folder)]).fit(OddUser())
+    both = [
+        MatrixCompression(0.7, batches=2, targets=t, start=s, work_folder=folder) for t, s in (("up", 0), ("down", 3))
+    ]
+    with pytest.raises(FiftyfoldError, match="share the work folder"):
+        make_trainer(both).fit(OddUser())
 
 
 def test_what_is_compressed_already_is_not_compressed_again(tmp_path):

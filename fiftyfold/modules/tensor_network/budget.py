@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from fiftyfold.kernels.packing import packed_bytes
-from fiftyfold.modules.journal import Journal
+from fiftyfold.modules.journal import Journal, number
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, quantize_weight
 from fiftyfold.modules.quantization.settings import WeightSettings
 from fiftyfold.modules.quantization.targets import named_layers
@@ -19,7 +20,7 @@ from fiftyfold.modules.tensor_network.families import largest_rank, low_rank_cur
 from fiftyfold.modules.tensor_network.form import low_rank_form
 from fiftyfold.modules.tensor_network.layers import matrix_shape
 from fiftyfold.modules.tensor_network.metric import Metric
-from fiftyfold.modules.tensor_network.moments import Batch, collect_moments
+from fiftyfold.modules.tensor_network.moments import Batch, Moments, collect_moments
 from fiftyfold.modules.tensor_network.objective import least_squares
 from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.sensitivity import measured_sensitivity
@@ -64,7 +65,7 @@ def spread_bytes(
         allocation: how the bytes are spread.
         bits: of one number of a network.
         whole_bits: in which a matrix may stay whole.
-        report: is told of each matrix, where the whole model is measured.
+        report: is told of each matrix whose errors are measured, and of each that is weighed by the whole model's.
         journal: knows what was measured before.
 
     Raises:
@@ -78,17 +79,21 @@ def spread_bytes(
     curves: dict[str, torch.Tensor] = {}
     wholes: dict[str, list[Option]] = {}
     rounding: dict[str, float] = {}
+    known = journal or Journal()
     for group in memory_groups(layers, names):
-        for name, moments in collect_moments(model, group, batches).items():
-            target, metric = least_squares(layers[name], moments)
-            curves[name] = low_rank_curve(target, metric)
-            wholes[name] = [Option(whole_bytes(shapes[name], b), rounding_error(target, metric, b)) for b in whole_bits]
-            # Factors have an error of their own where they are quantized, however large their rank.
-            rounding[name] = rounding_error(target, metric, bits) if bits < 16 and whole_bits else 0.0
+        missing = [name for name in group if _key(name) not in known]
+        moments = collect_moments(model, missing, batches) if missing else {}
+        for name in group:
+            find = functools.partial(_errors, layers[name], moments.get(name), bits, whole_bits)
+            errors = known.remember(_key(name), find, _read_errors)
+            curves[name], rounding[name] = torch.tensor(errors["ranks"], dtype=torch.float64), errors["factors"][0]
+            pairs = zip(whole_bits, errors["wholes"], strict=True)
+            wholes[name] = [Option(whole_bytes(shapes[name], b), error) for b, error in pairs]
+            report("measured", len(curves), len(names))
     weights = dict.fromkeys(names, 1.0)
     if allocation == "model":
         ranks = {name: largest_rank(shapes[name], keep * dense[name], bits) for name in names}
-        weights = measured_sensitivity(model, batches, curves, ranks, report=report, journal=journal)
+        weights = measured_sensitivity(model, batches, curves, ranks, report=report, journal=known)
     options = [
         [
             *_options(shapes[name], (curves[name] + rounding[name]) * weights[name], dense[name], keep, bits),
@@ -98,6 +103,27 @@ def spread_bytes(
     ]
     chosen = allocate(options, keep * sum(dense.values()))
     return {name: each[index].bytes for name, each, index in zip(names, options, chosen, strict=True)}
+
+
+def _key(name: str) -> str:
+    return f"errors of {name}"
+
+
+def _errors(layer: nn.Module, moments: Moments | None, bits: int, whole_bits: Sequence[int]) -> dict[str, list[float]]:
+    """Return squared relative errors: of each rank, of a whole matrix in few bits, and of rounding factors."""
+    assert moments is not None
+    target, metric = least_squares(layer, moments)
+    # Factors have an error of their own where they are quantized, however large their rank.
+    factors = rounding_error(target, metric, bits) if bits < 16 and whole_bits else 0.0
+    return {
+        "ranks": low_rank_curve(target, metric).tolist(),
+        "wholes": [rounding_error(target, metric, each) for each in whole_bits],
+        "factors": [factors],
+    }
+
+
+def _read_errors(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {kind: [number(error) for error in values[kind]] for kind in ("ranks", "wholes", "factors")}
 
 
 def _options(shape: tuple[int, int], costs: torch.Tensor, dense: float, keep: float, bits: int) -> list[Option]:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.journal import number, open_journal, tensors_of
+from fiftyfold.modules.digest import identity_of
+from fiftyfold.modules.journal import number, open_journal
 from fiftyfold.modules.quantization.quantize import quantize_operation
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import Operation, apply_operation, check_order, register_operation, structure_log
@@ -25,9 +26,9 @@ from fiftyfold.modules.tensor_network.compressed_matrix import (
     CompressedMatrix,
     Plan,
 )
-from fiftyfold.modules.tensor_network.decomposition import as_memory_error, check_finite
+from fiftyfold.modules.tensor_network.decomposition import as_memory_error
 from fiftyfold.modules.tensor_network.families import FAMILIES, Family
-from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, matrix_of, matrix_shape
+from fiftyfold.modules.tensor_network.layers import TensorNetworkEmbedding, check_weight, matrix_shape
 from fiftyfold.modules.tensor_network.moments import Batch, check_batches
 from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
@@ -211,6 +212,8 @@ def check_arguments(keep: float, **arguments: Unpack[CompressionArguments]) -> N
         raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(plan.families)}.")
     if plan.factor_bits not in _FACTOR_BITS:
         raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.factor_bits!r}.")
+    if isinstance(plan.whole_bits, int):
+        raise FiftyfoldError(f"whole_bits must be a sequence, such as ({plan.whole_bits},), not {plan.whole_bits}.")
     if any(bits not in _WHOLE_BITS for bits in plan.whole_bits):
         raise FiftyfoldError(f"whole_bits must be some of 3, 4 and 8, not {list(plan.whole_bits)}.")
     if type(plan.sweeps) is not int or plan.sweeps < 1:
@@ -239,11 +242,14 @@ def plan_compression(
     plan = Plan(**arguments)
     found = check_batches(batches)
     names = _matrices(model, plan.targets, plan.exclude)
-    searched = {"names": names, "keep": keep, "plan": asdict(plan), "weights": tensors_of(model), "text": found}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with open_journal(None if work_folder is None else Path(work_folder), searched, "a compression") as journal:
+        with open_journal(
+            work_folder,
+            lambda: [names, keep, asdict(plan), identity_of(model), found],
+            "a compression",
+        ) as journal:
             sizes = journal.remember(
                 "bytes",
                 lambda: spread_bytes(
@@ -286,10 +292,7 @@ def _matrices(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]
         first = owners.setdefault(id(layers[name].weight), name)
         if first != name:
             raise FiftyfoldError(f"{name!r} and {first!r} share a weight but not their inputs; exclude both.")
-        try:
-            check_finite(matrix_of(layers[name]))
-        except FiftyfoldError as error:
-            raise FiftyfoldError(f"{name}: {error}") from error
+        check_weight(layers[name], name)
     return names
 
 

@@ -27,7 +27,7 @@ from fiftyfold.modules.tensor_network.compressed_matrix import (
 from fiftyfold.modules.tensor_network.families import has_chain
 from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers, finished_layers, same_layers
 from fiftyfold.modules.tensor_network.metric import Metric
-from fiftyfold.modules.tensor_network.moments import Batch, call_order, collect_moments
+from fiftyfold.modules.tensor_network.moments import Batch, Moments, call_order, collect_moments
 from fiftyfold.modules.tensor_network.progress import Report
 from fiftyfold.modules.tensor_network.sensitivity import outputs_of
 
@@ -66,24 +66,23 @@ def compressed_copy(
     calls = Counter(itertools.chain.from_iterable(stages))
     finished = _finished(model, student, batches[0]) if plan.compressed_prefix else {}
     for index, stage in enumerate(stages):
-        for name in stage:
-            if name not in results and _key(name) in journal:
-                results[name] = _restored(layers[name], name, journal)
-                report("compressed", len(results), len(names))
-        missing = [name for name in stage if name not in results]
-        if not missing:
-            continue
+        new = [name for name in stage if name not in results]
         source, reference = (student, model) if plan.compressed_prefix and index else (model, None)
-        is_called_once = all(calls[name] == 1 for name in missing)
-        last = missing[-1] if plan.compressed_prefix and is_called_once else None
-        moments = collect_moments(source, missing, batches, reference, last=last, finished=finished)
-        for name in missing:
-            known = moments.pop(name)
-            if (order := orders.columns.get(name)) is not None:
-                known = known.reordered(order, both=source is model)
-            result = compress_matrix(layers[name], known, sizes[name], plan)
-            journal.add(_key(name), result.to_json(), layers[name].state_dict() if result.is_changed else None)
-            results[name] = result
+        moments: dict[str, Moments] = {}
+        # Before the first of them changes, which the others may see where layers are called several times.
+        if not all(_key(name) in journal for name in new):
+            once = plan.compressed_prefix and all(calls[name] == 1 for name in new)
+            last, known = (new[-1], finished) if once else (None, {})
+            moments = collect_moments(source, new, batches, reference, last=last, finished=known)
+        for name in new:
+            if _key(name) in journal:
+                results[name] = _restored(layers[name], name, journal)
+            else:
+                own, order = moments.pop(name), orders.columns.get(name)
+                if order is not None:
+                    own = own.reordered(order, both=source is model)
+                result = results[name] = compress_matrix(layers[name], own, sizes[name], plan)
+                journal.add(_key(name), result.to_json(), layers[name].state_dict() if result.is_changed else None)
             report("compressed", len(results), len(names))
     return student, {name: results[name] for name in names}, orders
 

@@ -31,7 +31,10 @@ class FinishedLayers:
 
     def __init__(self, layers: Sequence[nn.Module] = ()) -> None:
         self._layers = list(layers)
-        self._holders = {id(inner): index for index, layer in enumerate(layers) for inner in layer.modules()}
+        self._holders: dict[int, int] = {}
+        for index, layer in enumerate(layers):
+            for inner in layer.modules():
+                self._holders.setdefault(id(inner), index)
         self._known: dict[int, tuple[int, Any]] = {}
 
     @contextmanager

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.path import current_path
 from fiftyfold.modules.tensor_network.contraction import break_even, contract
-from fiftyfold.modules.tensor_network.decomposition import Cores, decompose, rebuild
+from fiftyfold.modules.tensor_network.decomposition import Cores, check_finite, decompose, rebuild
 from fiftyfold.modules.tensor_network.form import Gauge, NetworkForm
 from fiftyfold.modules.tensor_network.gauge import (
     fix_gauge,
@@ -252,6 +252,26 @@ def matrix_of(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
+
+
+def check_weight(module: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight is not finite.
+
+    Args:
+        module: a dense layer or a tensor network; nothing is known of one on the meta device.
+        name: how the message calls it.
+
+    Raises:
+        FiftyfoldError: if any entry is not.
+    """
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.is_meta:
+        return
+    try:
+        check_finite(matrix_of(module))
+    except FiftyfoldError as error:
+        raise FiftyfoldError(f"{name}: {error}") from error
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

@@ -176,6 +176,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
         return model(
             **{name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
         )
+    except (TypeError, ValueError) as error:
+        raise FiftyfoldError(f"the model cannot be called with the calibration batches: {error}.") from error
     except IndexError as error:
         raise FiftyfoldError(
             f"the model cannot read the calibration text ({error}); is it of another vocabulary?"

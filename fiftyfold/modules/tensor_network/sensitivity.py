@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from fiftyfold.modules.quantization.targets import named_layers
 from fiftyfold.modules.tensor_network.finished_layers import finished_layers
 from fiftyfold.modules.tensor_network.layers import matrix_of
 from fiftyfold.modules.tensor_network.metric import Metric
-from fiftyfold.modules.tensor_network.moments import Batch, call, collect_moments
+from fiftyfold.modules.tensor_network.moments import Batch, call, call_stages, collect_moments
 from fiftyfold.modules.tensor_network.progress import Report, silent
 from fiftyfold.modules.tensor_network.solvers import principal_outputs
 
@@ -65,17 +68,19 @@ def measured_sensitivity(
         journal: knows what was measured before.
 
     Raises:
-        FiftyfoldError: if no matrix's error makes any difference.
+        FiftyfoldError: if no matrix's error makes any difference, or one makes an output that is not finite.
     """
     few = list(batches)[:_BATCHES]
     before = [some_outputs(model, batch) for batch in few]
     finished = finished_layers(model, lambda: outputs_of(model, few[0]).values)
+    calls = Counter(itertools.chain.from_iterable(call_stages(model, list(curves), few[0])))
     layers = dict(named_layers(model))
     known = journal or Journal()
 
     def measured(name: str, curve: torch.Tensor) -> float:
         layer, rank = layers[name], max(1, ranks[name])
-        moments = collect_moments(model, [name], few, last=name, finished={model: finished})[name]
+        last = name if calls[name] == 1 else None
+        moments = collect_moments(model, [name], few, last=last, finished={model: finished})[name]
         directions = principal_outputs(matrix_of(layer).float(), Metric(moments.inputs.float()), rank)
         mean = (matrix_of(layer).double() @ moments.original_mean).float()
         handle = layer.register_forward_hook(_projection(layer, directions, mean))
@@ -86,7 +91,13 @@ def measured_sensitivity(
                     deviations.append(deviation(before[index], some_outputs(model, batch)))
         finally:
             handle.remove()
-        return sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+        found = sum(deviations) / len(deviations) / max(float(curve[min(rank, len(curve) - 1)]), 1e-9)
+        if not math.isfinite(found):
+            raise FiftyfoldError(
+                f"the model's outputs on the calibration text are not finite where {name!r} is approximated; use "
+                "allocation='outputs' or 'uniform'."
+            )
+        return found
 
     weights = {}
     for name, curve in curves.items():
@@ -106,7 +117,9 @@ def deviation(before: Outputs, after: Outputs) -> float:
     if not before.are_logits:
         return float((first - second).square().sum() / first.square().sum().clamp(min=1e-12))
     logs = [F.log_softmax(each, dim=-1) for each in (first, second)]
-    return float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean"))
+    # What a model rules out, by logits of minus infinity, adds nothing.
+    terms = F.kl_div(logs[1], logs[0], log_target=True, reduction="none").masked_fill(logs[0].isneginf(), 0)
+    return float(terms.sum() / len(terms))
 
 
 def some_outputs(model: nn.Module, batch: Batch) -> Outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.digest import identity_of
 from fiftyfold.modules.journal import Journal, open_journal
 from fiftyfold.modules.quantization.targets import Targets, named_layers
 from fiftyfold.modules.structure import (
     Operation,
     apply_operation,
     check_order,
-    loading_values,
     register_operation,
     structure_log,
     values_follow,
@@ -27,6 +28,7 @@ from fiftyfold.modules.surgery import leave_fused_paths
 from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form
 from fiftyfold.modules.tensor_network.layers import (
     TensorNetworkLayer,
+    check_weight,
     cores_of,
     flat_numbers,
     install_network,
@@ -42,6 +44,9 @@ Split = Literal["even", "low_rank"]
 """Where the sites lie: even factors on both sides, or (outputs, 1) and (1, inputs), a product of two thin matrices."""
 
 _NAMED = 3
+
+_FOUND = contextvars.ContextVar[Mapping[int, nn.Parameter] | None]("found", default=None)
+"""What :func:`tensorize` found, by the identity of the weight that it replaces, for the operation to put in place."""
 
 
 class TensorizeArguments(TypedDict, total=False):
@@ -110,14 +115,18 @@ def tensorize(
         step=step,
     )
     layers, forms = dict(named_layers(model)), read_forms(operation)
-    searched = {"forms": operation["forms"], "weights": {name: layers[name].weight for name in forms}}
-    with open_journal(None if work_folder is None else Path(work_folder), searched, "a decomposition") as journal:
-        found = _decomposed(layers, forms, report=report, journal=journal)
-    # On the meta device there are none.
-    numbers = {name: found[id(layers[name].weight)] for name in forms if id(layers[name].weight) in found}
-    with loading_values():
+    for name in forms:
+        check_weight(layers[name], name)
+    with open_journal(
+        work_folder,
+        lambda: [operation["targets"], operation["forms"], {name: identity_of(layers[name]) for name in forms}],
+        "a decomposition",
+    ) as journal:
+        token = _FOUND.set(_decomposed(layers, forms, report=report, journal=journal))
+    try:
         apply_operation(model, operation, [] if optimizer is None else [optimizer])
-    _give_numbers(model, numbers)
+    finally:
+        _FOUND.reset(token)
     return list(forms)
 
 
@@ -193,13 +202,20 @@ def largest_form(shape: tuple[int, int], cores: int, split: Split, numbers: floa
     return _form_of_bond(shape, cores, lowest, split) if lowest else None
 
 
-def install_networks(model: nn.Module, forms: Mapping[str, NetworkForm], *, compute: bool = True) -> None:
+def install_networks(
+    model: nn.Module,
+    forms: Mapping[str, NetworkForm],
+    *,
+    compute: bool = True,
+    found: Mapping[int, nn.Parameter] | None = None,
+) -> None:
     """Put networks into layers of ``model``, those that shared a weight into one parameter again.
 
     Args:
         model: on any device, the meta device included.
         forms: what each layer gets, by name.
         compute: whether to decompose the weights; otherwise their numbers are to be loaded.
+        found: the numbers of all networks, where they are known, by the identity of the weight that they replace.
 
     Raises:
         FiftyfoldError: if a layer is absent or does not fit; the model is then unchanged.
@@ -207,7 +223,7 @@ def install_networks(model: nn.Module, forms: Mapping[str, NetworkForm], *, comp
     layers = dict(named_layers(model))
     for name, form in forms.items():
         _check_layer(model, layers.get(name), name, form)
-    weights = _decomposed(layers, forms) if compute else {}
+    weights = found if found is not None else _decomposed(layers, forms) if compute else {}
     shared: dict[int, nn.Parameter] = {}
     for name, form in forms.items():
         old = layers[name].weight
@@ -293,29 +309,27 @@ def _decomposed(
     return weights
 
 
-@torch.no_grad()
-def _give_numbers(model: nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
-    layers = dict(named_layers(model))
-    for name, values in numbers.items():
-        weight = layers[name].weight
-        assert isinstance(weight, torch.Tensor)
-        weight.copy_(values)
+def _checked(tensors: Mapping[str, torch.Tensor], form: NetworkForm) -> torch.Tensor:
+    if set(tensors) != {"numbers"} or tensors["numbers"].shape != (form.count,):
+        raise ValueError("its tensors are not those of the network")
+    return tensors["numbers"]
 
 
 def _numbers(layer: nn.Module, name: str, form: NetworkForm, journal: Journal) -> torch.Tensor:
     key = f"network {name}"
     if key in journal:
-        return journal.tensors(key)["numbers"]
+        tensors = journal.tensors(key)
+        return journal.read(key, lambda _: _checked(tensors, form))
     try:
         numbers = flat_numbers(cores_of(layer, form))
     except FiftyfoldError as error:
         raise FiftyfoldError(f"{name}: {error}") from error
-    journal.add(key, list(form.shape), {"numbers": numbers})
+    journal.add(key, None, {"numbers": numbers})
     return numbers
 
 
 def _replay(model: nn.Module, operation: Operation) -> None:
-    install_networks(model, read_forms(operation), compute=not values_follow())
+    install_networks(model, read_forms(operation), compute=not values_follow(), found=_FOUND.get())
 
 
 register_operation(OPERATION, _replay, forbidden_after=["quantize"])

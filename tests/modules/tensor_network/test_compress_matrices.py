@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices, export, load, quantize, tensorize
 from fiftyfold.modules.journal import LINES_FILE, Journal
 from fiftyfold.modules.structure import loading_values, replay, structure_log
+from fiftyfold.modules.tensor_network import compressed_copy, sensitivity
+from fiftyfold.modules.tensor_network.finished_layers import FinishedLayers
 from fiftyfold.modules.tensor_network.moments import call_order, collect_moments
 from fiftyfold.modules.tensor_network.solvers import SWEEPS
 from tests.tiny import tiny_batch, tiny_bert, tiny_causal, tiny_model
@@ -196,6 +199,9 @@ def test_the_log_holds_the_results():
         (TEXT, {"factor_bits": 4}, "factor_bits"),
         (TEXT, {"whole_bits": (5,)}, "whole_bits"),
         (TEXT, {"sweeps": -1}, "sweeps"),
+        (TEXT, {"whole_bits": 4}, "whole_bits must be a sequence"),
+        (TEXT, {"optimizer": 3}, "is no optimizer"),
+        ([{"foo": torch.zeros(1, 2)}], {}, "cannot be called with the calibration batches"),
         (TEXT, {"targets": None}, "targets must be a pattern"),
         ("a sentence", {}, "not str; tokenize"),
         (TEXT, {"targets": "embeddings"}, "is an embedding"),
@@ -247,7 +253,8 @@ def test_each_matrix_is_reported():
     orders = [words for words in told if words[0] == "ordered"]
     assert orders == [("ordered", done, len(orders)) for done in range(1, len(orders) + 1)]
     others = [words for words in told if words[0] != "ordered"]
-    assert others == [(what, done, count) for what in ("weighed", "compressed") for done in range(1, count + 1)]
+    kinds = ("measured", "weighed", "compressed")
+    assert others == [(what, done, count) for what in kinds for done in range(1, count + 1)]
 
 
 @pytest.mark.parametrize("every", [1, 7])
@@ -258,11 +265,13 @@ def test_each_matrix_is_reported():
         ("bert", {"compressed_prefix": False}),
         ("gpt2", {"families": ("mpo2",)}),
         ("llama", {"factor_bits": 8, "whole_bits": (3, 4, 8)}),
+        ("shared", {"targets": ["query", "key", "intermediate"]}),
     ],
     ids=str,
 )
 def test_it_goes_on_after_each_thing_that_it_found(kind, arguments, every, tmp_path, monkeypatch):
-    whole, keep = tiny_model(kind), 0.4
+    make, keep = shared_layers if kind == "shared" else functools.partial(tiny_model, kind), 0.4
+    whole = make()
     expected = compress_matrices(whole, TEXT, keep, **arguments)
     add, left = Journal.add, every
 
@@ -276,7 +285,7 @@ def test_it_goes_on_after_each_thing_that_it_found(kind, arguments, every, tmp_p
     monkeypatch.setattr(Journal, "add", cut)
     found, cuts = None, 0
     while found is None:
-        left, model = every, tiny_model(kind)
+        left, model = every, make()
         try:
             found = compress_matrices(model, TEXT, keep, work_folder=tmp_path, **arguments)
         except KeyboardInterrupt:
@@ -284,9 +293,44 @@ def test_it_goes_on_after_each_thing_that_it_found(kind, arguments, every, tmp_p
     assert found == expected
     assert cuts >= len(found) // every
     assert_equal(model, whole)
-    left, again = 0, tiny_model(kind)
+    left, again = 0, make()
     compress_matrices(again, TEXT, keep, work_folder=str(tmp_path), **arguments)
     assert_equal(again, whole)
+
+
+def shared_layers():
+    """A model some of whose layers are called in two blocks."""
+    model = tiny_bert(layers=4, hidden=16, vocab=100)
+    first, _, third, _ = model.bert.encoder.layer
+    third.intermediate.dense = first.intermediate.dense
+    third.attention.self = first.attention.self
+    return model
+
+
+def test_layers_in_two_blocks_are_compressed_as_without_a_memory_of_outputs(monkeypatch):
+    """What is remembered of a block's output may not be from before one of its layers changed."""
+    quick, plain, arguments = shared_layers(), shared_layers(), {"families": ("svd",)}
+    found = compress_matrices(quick, TEXT, 0.5, **arguments)
+    for module in (compressed_copy, sensitivity):
+        monkeypatch.setattr(module, "finished_layers", lambda *_: FinishedLayers())
+    expected = compress_matrices(plain, TEXT, 0.5, **arguments)
+    for name, result in found.items():
+        assert result.error == pytest.approx(expected[name].error, rel=1e-3), name
+
+
+def test_logits_that_rule_a_token_out_are_weighed(llama):
+    """Minus infinity on both sides is no difference."""
+    llama.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(2, torch.tensor([3, 4]), -math.inf))
+    assert compress_matrices(llama, TEXT, 0.5, families=("svd",))
+
+
+def test_outputs_that_are_not_finite_are_told_of(llama, monkeypatch):
+    some = sensitivity.some_outputs
+    monkeypatch.setattr(
+        sensitivity, "some_outputs", lambda *found: sensitivity.Outputs(some(*found).values * math.inf, True)
+    )
+    with pytest.raises(FiftyfoldError, match=r"not finite where 'model\.layers\.0"):
+        compress_matrices(llama, TEXT, 0.5, families=("svd",))
 
 
 def assert_equal(model, other):
@@ -295,13 +339,15 @@ def assert_equal(model, other):
         assert value == values[name] if not isinstance(value, torch.Tensor) else torch.equal(value, values[name]), name
 
 
-@pytest.mark.parametrize("what", ["keep", "text", "weights", "plan"])
+@pytest.mark.parametrize("what", ["keep", "text", "weights", "plan", "configuration"])
 def test_the_work_folder_of_another_compression_is_refused_and_stays(what, tmp_path):
     compress_matrices(tiny_model("bert"), TEXT, 0.5, allocation="uniform", work_folder=tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model = tiny_model("bert")
     if what == "weights":
         model.bert.encoder.layer[0].output.dense.weight.data[0, 0] += 1
+    if what == "configuration":
+        model.config.layer_norm_eps = 0.1
     text = TEXT[::-1] if what == "text" else TEXT
     arguments = {"keep": 0.4 if what == "keep" else 0.5, "sweeps": 3 if what == "plan" else SWEEPS}
     with pytest.raises(FiftyfoldError, match="another model or text, or with other options"):
