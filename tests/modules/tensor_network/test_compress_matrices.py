@@ -301,9 +301,9 @@ def test_it_goes_on_after_each_thing_that_it_found(kind, arguments, every, tmp_p
 def shared_layers():
     """A model some of whose layers are called in two blocks."""
     model = tiny_bert(layers=4, hidden=16, vocab=100)
-    first, _, third, _ = model.bert.encoder.layer
+    first, second, third, fourth = model.bert.encoder.layer
     third.intermediate.dense = first.intermediate.dense
-    third.attention.self = first.attention.self
+    fourth.attention.self = second.attention.self
     return model
 
 
