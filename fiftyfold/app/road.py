@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +15,17 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from transformers.utils import cached_file
 
+from fiftyfold.app.delivered import is_delivered, read_rows
 from fiftyfold.app.latency import measure_latency
 from fiftyfold.app.recipe import Recipe
 from fiftyfold.app.summary import Row, draw_picture, print_table
-from fiftyfold.app.training import claim_output, quiet_lightning, score, train, work_folder
+from fiftyfold.app.training import CONTENT, claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import GLUEDataModule
 from fiftyfold.file_replacement import sync
 from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
+from fiftyfold.modules.digest import digest_of, identity_of
 from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
@@ -48,6 +51,12 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
     Raises:
         FiftyfoldError: if something does not fit; nothing is overwritten.
     """
+    work = _work_folder(folder)
+    if is_delivered(folder, work, recipe.to_json()):
+        shutil.rmtree(work, ignore_errors=True)
+        rows, metric = read_rows(folder)
+        show(rows, metric, folder)
+        return rows
     claim_output(folder)
     quiet_lightning()
     data = _prepare(recipe)
@@ -243,8 +252,10 @@ def _trained(
     recipe: Recipe, module: TaskModule, data: GLUEDataModule, folder: Path, callbacks: tuple[Callback, ...]
 ) -> Iterator[Path]:
     """Train ``module`` beside ``folder``, and keep the work folder until the block has ended well."""
-    work = folder.with_name(folder.name + ".work")
-    with work_folder(work, recipe.to_json()) as resume_from:
+    work = _work_folder(folder)
+    models = [module, module.teacher] if isinstance(module, DistillationModule) else [module]
+    content = {"models": digest_of([identity_of(model) for model in models]), "data": data.source_digests()}
+    with work_folder(work, recipe.to_json() | {CONTENT: content}) as resume_from:
         train(
             module,
             data,
@@ -256,6 +267,10 @@ def _trained(
         )
         torch.set_float32_matmul_precision("highest")
         yield work
+
+
+def _work_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".work")
 
 
 def _optimizer(recipe: Recipe) -> Callable[[Any], torch.optim.Optimizer]:

@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from fiftyfold.app.decomposition import DECOMPOSED, MATRICES, decompose
+from fiftyfold.app.delivered import is_delivered, read_rows
 from fiftyfold.app.kept_scores import kept_score
-from fiftyfold.app.report import read_rows
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
 from fiftyfold.app.tensorize_recipe import Method, TensorizeRecipe, build_text, check_steps, text_digest
-from fiftyfold.app.training import OPTIONS_FILE, claim_output, quiet_lightning, score, train, work_folder
+from fiftyfold.app.training import CONTENT, claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
@@ -143,7 +143,7 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     """
     work = folder.with_name(folder.name + ".work")
     options = json.loads(json.dumps(asdict(recipe)))
-    if _is_delivered(folder, work, options):
+    if is_delivered(folder, work, options):
         shutil.rmtree(work, ignore_errors=True)
         return _show_delivered(folder)
     claim_output(folder)
@@ -153,7 +153,7 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     text = build_text(recipe)
     text.setup("fit")
     content = {"model": digest_of(identity_of(teacher)), "text": text_digest(text)}
-    with work_folder(work, options | {"content": content}, binding=(DECOMPOSED,), kept=(MATRICES,)) as resume_from:
+    with work_folder(work, options | {CONTENT: content}, binding=(DECOMPOSED,), kept=(MATRICES,)) as resume_from:
         before = _score(teacher, text, work)
         check_steps(recipe, text)
         decompose(recipe, teacher, text, work)
@@ -189,15 +189,6 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
 def count_numbers(model: torch.nn.Module) -> int:
     """Return how many numbers a model has, those of its networks' cores counted as a file keeps them."""
     return model_size(model).parameters
-
-
-def _is_delivered(folder: Path, work: Path, options: dict[str, Any]) -> bool:
-    """Tell whether a run with these options was killed when its folder had its name already."""
-    try:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        return (work / OPTIONS_FILE).is_file() and report["run"]["recipe"] == options
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
 
 
 def _show_delivered(folder: Path) -> list[Row]:

@@ -26,6 +26,9 @@ from fiftyfold.modules.task_module import TaskModule
 OPTIONS_FILE = "options.json"
 """In a work folder: what the run was asked for."""
 
+CONTENT = "content"
+"""Among those options: digests of the models and data that it began with."""
+
 SAVE_EVERY_STEPS = 200
 """Optimizer steps after which an interrupted run can lose no more."""
 
@@ -64,7 +67,8 @@ def work_folder(
     Args:
         folder: the work folder. It goes when the block ends well, or fails before there is a checkpoint or anything
             that ``binding`` or ``kept`` names.
-        options: all that decides the run, as JSON values; a run that has a checkpoint goes on only under the same.
+        options: all that decides the run, as JSON values, what it reads by its digests under :data:`CONTENT`; a run
+            that has a checkpoint goes on only under the same.
         binding: files and folders inside that bind a run to its options as a checkpoint does.
         kept: files and folders inside that know by themselves what they belong to.
 
@@ -98,11 +102,18 @@ def _stamp_options(stamp: Path, options: str, *, begun: bool) -> None:
     found = stamp.read_text(encoding="utf-8")
     if not begun:
         stamp.write_text(options, encoding="utf-8")
-    elif _chosen(found) != _chosen(options):
+    elif not _are_equal(_chosen(found), _chosen(options)):
         raise FiftyfoldError(
             f"{stamp.parent} holds an unfinished run with other options, or of a model or text that has changed; "
             "repeat that command to finish it, or delete the folder to begin anew."
         )
+
+
+def _are_equal(found: Any, options: Any) -> bool:
+    """Compare options; a version that did not look at models and data has nothing to say of them."""
+    if isinstance(found, dict) and isinstance(options, dict) and CONTENT not in found:
+        options = {name: value for name, value in options.items() if name != CONTENT}
+    return bool(found == options)
 
 
 def _chosen(options: str) -> Any:

@@ -141,6 +141,14 @@ class GLUEDataModule(LightningDataModule):
         if stage == "fit":
             self._load_all(self.task.train_splits, "train")
 
+    def source_digests(self) -> dict[str, str]:
+        """Return a digest of each split's source, by which a run knows that its data are still the same.
+
+        Raises:
+            FiftyfoldError: if there is none.
+        """
+        return {split: digest for split, (digest, _) in self._find_sources().items()}
+
     def _can_do_without_validation(self, stage: str) -> bool:
         if not self._load_some(self.task.test_splits):
             return False

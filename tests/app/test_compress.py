@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from fiftyfold.app import road, training
@@ -154,6 +156,43 @@ def test_an_unfinished_run_with_other_options_is_not_overwritten(
     assert main(COMMAND) == 1
     assert "other options" in capsys.readouterr().err
     assert (place / "small.work" / "options.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("what", ["teacher/model.safetensors", "data/SST-2/train.tsv", "data/SST-2/dev.tsv"])
+def test_an_unfinished_run_whose_teacher_or_data_changed_is_refused(
+    what: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(road, "deliver", lambda *_, **__: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            main(COMMAND)
+    path = place / what
+    before = path.read_bytes()
+    if path.suffix == ".tsv":
+        path.write_bytes(before + b"fine\t1\n")
+    else:
+        save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert main(COMMAND) == 1
+    assert "of a model or text that has changed" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert main(COMMAND) == 0
+
+
+def test_a_run_killed_when_its_folder_had_its_name_shows_the_table(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert main(COMMAND) == 0
+    table = capsys.readouterr().out
+    assert main([*COMMAND, "--warmup", "0.2"]) == 1, "other options"
+    capsys.readouterr()
+    assert main(COMMAND) == 0
+    again = capsys.readouterr().out
+    assert "teacher" in again
+    assert table.endswith(again)
+    assert not (place / "small.work").exists()
+    assert main(COMMAND) == 1, "nothing is overwritten"
 
 
 def test_a_run_that_was_killed_before_it_had_made_anything_leaves_its_folder_to_another(
