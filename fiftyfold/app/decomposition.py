@@ -17,9 +17,7 @@ from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import compress_matrices, export, tensorize
 from fiftyfold.modules.quantization.bitsandbytes_layers import dense_linears
-
-WHOLE_BITS = (3, 4, 8)
-"""In which a matrix may stay whole, where cores are quantized."""
+from fiftyfold.modules.tensor_network.compressed_matrix import WHOLE_BITS
 
 DECOMPOSED = "decomposed"
 """Folder, below the work folder, of the model as it is before it is healed."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fiftyfold.app.summary import Row
-from fiftyfold.app.training import OPTIONS_FILE
+from fiftyfold.app.training import CONTENT, OPTIONS_FILE, remove_work_folder
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.packed.export import REPORT_FILE
 
 
@@ -30,16 +31,33 @@ def read_rows(folder: Path) -> tuple[list[Row], str]:
         raise FiftyfoldError(f"{path} holds no table; export alone measures no score.") from error
 
 
-def is_delivered(folder: Path, work: Path, options: dict[str, Any]) -> bool:
-    """Tell whether a run was killed when its folder had its name already, and only its work folder was left to remove.
+def complete_delivery(folder: Path, work: Path, options: dict[str, Any]) -> bool:
+    """Remove the work folder of a run that was killed when its folder had its name already.
 
     Args:
         folder: what the run makes.
         work: its work folder.
         options: what it was asked for, as JSON values.
+
+    Returns:
+        Whether there was such a run.
+
+    Raises:
+        FiftyfoldError: if it goes on just now.
     """
+    asked, stamp = json.loads(json.dumps(options)), work / OPTIONS_FILE
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        return (work / OPTIONS_FILE).is_file() and report["run"]["recipe"] == json.loads(json.dumps(options))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        is_ours = report["run"]["recipe"] == asked and {"rows", "metric", "scores"} <= set(report)
+        if not is_ours or not work.is_dir():
+            return False
+        if any(work.iterdir()):
+            known = json.loads(stamp.read_text(encoding="utf-8"))
+            known.pop(CONTENT, None)
+            if known != asked:
+                return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
+    with sole_writer(stamp, str(work)):
+        remove_work_folder(work)
+    return True

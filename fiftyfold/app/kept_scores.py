@@ -33,6 +33,7 @@ def kept_score(path: Path, measured: Any, find: Callable[[], Scores]) -> Scores:
 def _read(path: Path) -> dict[str, Scores]:
     try:
         content = json.loads(path.read_bytes())
-        return {key: {name: number(value) for name, value in scores.items()} for key, scores in content.items()}
+        found = {key: {name: number(value) for name, value in scores.items()} for key, scores in content.items()}
+        return {key: scores for key, scores in found.items() if scores}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}

@@ -114,7 +114,7 @@ def profile(
     model_digest, row = digest_of(identity_of(loaded)), text.row(_split(text))[:tokens]
     options |= {"model_digest": model_digest, "text_digest": digest_of(row)}
     folder = Path(output or f"{Path(model).resolve().name}-profile").expanduser()
-    with open_journal(folder, lambda: options, "a profile") as journal:
+    with open_journal(folder, lambda: options) as journal:
         missing = {place: form for place, form in forms.items() if _key(*place) not in journal}
         measure = _one_pass if metric == "output_error" else _one_at_a_time
         with shown("Cells") as report:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from transformers.utils import cached_file
 
-from fiftyfold.app.delivered import is_delivered, read_rows
+from fiftyfold.app.delivered import complete_delivery, read_rows
 from fiftyfold.app.latency import measure_latency
 from fiftyfold.app.recipe import Recipe
 from fiftyfold.app.summary import Row, draw_picture, print_table
@@ -52,8 +51,7 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
         FiftyfoldError: if something does not fit; nothing is overwritten.
     """
     work = _work_folder(folder)
-    if is_delivered(folder, work, recipe.to_json()):
-        shutil.rmtree(work, ignore_errors=True)
+    if complete_delivery(folder, work, recipe.to_json()):
         rows, metric = read_rows(folder)
         show(rows, metric, folder)
         return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fiftyfold.app.decomposition import DECOMPOSED, MATRICES, decompose
-from fiftyfold.app.delivered import is_delivered, read_rows
+from fiftyfold.app.delivered import complete_delivery, read_rows
 from fiftyfold.app.kept_scores import kept_score
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
@@ -30,6 +29,7 @@ from fiftyfold.modules import (
     quantize_bitsandbytes,
 )
 from fiftyfold.modules.digest import digest_of, identity_of
+from fiftyfold.modules.evaluation_task import fit_vocabulary
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.packed.report import ExportReport
@@ -123,7 +123,7 @@ def tensorize_command(
     )
     name = f"{Path(model).resolve().name}-{round(100 * keep)}percent"
     place = Path(output or name).expanduser()
-    if place.resolve() == Path.cwd():
+    if place.resolve() == Path.cwd() or not place.name:
         raise FiftyfoldError("the output replaces its folder, which cannot be the current directory; name one inside.")
     compress_language_model(recipe, place)
 
@@ -143,14 +143,14 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     """
     work = folder.with_name(folder.name + ".work")
     options = json.loads(json.dumps(asdict(recipe)))
-    if is_delivered(folder, work, options):
-        shutil.rmtree(work, ignore_errors=True)
+    if complete_delivery(folder, work, options):
         return _show_delivered(folder)
     claim_output(folder)
     quiet_lightning()
     lightning.seed_everything(recipe.seed, verbose=False)
     teacher = load_language_model(recipe.model, "model", recipe.objective)
     text = build_text(recipe)
+    fit_vocabulary(teacher.config, text.tokenizer, "model")
     text.setup("fit")
     content = {"model": digest_of(identity_of(teacher)), "text": text_digest(text)}
     with work_folder(work, options | {CONTENT: content}, binding=(DECOMPOSED,), kept=(MATRICES,)) as resume_from:

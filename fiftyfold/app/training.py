@@ -93,9 +93,19 @@ def work_folder(
             yield last if last.is_file() else None
         except BaseException:
             if not has_any(last.name, *binding, *kept):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_work_folder(folder)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_work_folder(folder)
+
+
+def remove_work_folder(folder: Path) -> None:
+    """Remove a work folder, what tells whose it is at the end, so that a kill meanwhile leaves no riddle."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != OPTIONS_FILE:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stamp_options(stamp: Path, options: str, *, begun: bool) -> None:

@@ -44,8 +44,15 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
     return {
         "tensors": {plain_name(name): tensor for name, tensor in named},
         "structure": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
+        "settings": {plain_name(name): _settings(module) for name, module in model.named_modules()},
         "configurations": [_plain(each.to_dict()) for each in found.values()],
     }
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values that a module keeps, such as a scale."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in plain.items() if name != "training" and not name.startswith("_")}
 
 
 def _plain(configuration: Mapping[str, Any]) -> str:

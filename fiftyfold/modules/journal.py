@@ -151,13 +151,12 @@ class Journal:
 
 
 @contextmanager
-def open_journal(folder: str | Path | None, searched: Callable[[], Any], what: str) -> Iterator[Journal]:
+def open_journal(folder: str | Path | None, searched: Callable[[], Any]) -> Iterator[Journal]:
     """Yield the journal of a search that goes on in a folder, or begins there; no other process may, meanwhile.
 
     Args:
         folder: made if it is missing, and gone again if nothing was found in it; none to keep nothing.
         searched: returns what decides all that is found: nested plain values and tensors.
-        what: how a message calls the search: "a profile".
 
     Raises:
         FiftyfoldError: if the folder holds another search, one that goes on just now, a damaged one or something else,
@@ -168,19 +167,19 @@ def open_journal(folder: str | Path | None, searched: Callable[[], Any], what: s
         return
     if not isinstance(folder, str | Path):
         raise FiftyfoldError(f"a work folder is a path, not {folder!r}.")
-    place = Path(folder).expanduser()
-    is_new = not place.exists()
+    stamp = digest_of([_FORMAT, searched()])
     with ExitStack() as stack:
         try:
-            _claim(place, stack, is_new=is_new)
-            journal = Journal(place, digest_of([_FORMAT, searched()]))
+            place = Path(folder).expanduser()
+            _claim(place, stack, is_new=not place.exists())
+            journal = Journal(place, stamp)
         except _OtherSearchError as error:
             raise FiftyfoldError(
-                f"{place} holds {what} of another model or text, or with other options; name another folder, or "
-                "delete that one."
+                f"{folder} holds work on another model or text, or with other options; name another folder, or delete "
+                "that one."
             ) from error
-        except OSError as error:
-            raise FiftyfoldError(f"{place} cannot be a work folder ({error}); name another one.") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FiftyfoldError(f"{folder} cannot be a work folder ({error}); name another one.") from error
         yield journal
 
 
@@ -190,9 +189,13 @@ def number(value: Any) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
+    try:
+        found = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{str(value)[:80]} is no number")
+    return found
 
 
 class _OtherSearchError(Exception):
@@ -210,12 +213,17 @@ def _claim(place: Path, stack: ExitStack, *, is_new: bool) -> None:
             if is_new:
                 place.rmdir()
 
-    ours = re.compile(rf"\.?{re.escape(LINES_FILE)}.*|{re.escape(_LOCK_FILE)}")
-    names = [path.name for path in place.iterdir()]
-    if LINES_FILE not in names and not all(map(ours.fullmatch, names)):
+    if not (place / LINES_FILE).exists() and not all(map(_is_ours, place.iterdir())):
         raise FiftyfoldError(f"{place} holds something else; name another folder.")
     stack.enter_context(sole_writer(lock, str(place)))
     stack.callback(leave)
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether a kill left a file before there was a journal: a lock, or the journal in the making."""
+    if path.name == _LOCK_FILE:
+        return path.stat().st_size == 0
+    return re.fullmatch(rf"\.{re.escape(LINES_FILE)}\.[0-9a-f]{{12}}\.tmp", path.name) is not None
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
@@ -229,7 +237,7 @@ def _read_lines(path: Path, stamp: str) -> dict[str, Any]:
     try:
         first, *lines = [json.loads(line) for line in whole.splitlines()]
         found = {line["key"]: line for line in lines}
-        is_ours = set(first) == {"stamp"}
+        is_ours = isinstance(first, dict) and set(first) == {"stamp"}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise FiftyfoldError(f"{path} is damaged ({error}), or none of ours; name another folder.") from error
     if not is_ours:

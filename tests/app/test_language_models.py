@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import fiftyfold
 from fiftyfold.app.main import main
 from fiftyfold.app.trainer_cli import RECIPES
+from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.journal import LINES_FILE, Journal
 from tests.text import tiny_language_model, write_text, write_word_tokenizer
 
@@ -479,12 +480,24 @@ def test_a_run_killed_when_its_folder_had_its_name_shows_the_table(place: Path, 
     table = capsys.readouterr().out
     assert Path("small.work/options.json").is_file()
     assert main(tensorize_words("--keep", "0.4")) == 1, "other options"
+    stamp = Path("small.work/options.json")
+    before = stamp.read_text()
+    stamp.write_text(before.replace('"epochs": 1', '"epochs": 2'))
+    assert main(tensorize_words()) == 1, "the work of another run"
+    stamp.write_text(before)
+    with sole_writer(stamp, "small.work"):
+        assert main(tensorize_words()) == 1, "a run that goes on"
+    assert stamp.is_file()
+    capsys.readouterr()
     assert main(tensorize_words()) == 0
     again = capsys.readouterr().out
     assert "perplexity:" in again
     assert table.endswith(again)
     assert not Path("small.work").exists()
     assert main(tensorize_words()) == 1, "nothing is overwritten"
+    Path("small.work").mkdir()
+    assert main(tensorize_words()) == 0, "killed at the very last"
+    assert not Path("small.work").exists()
 
 
 def test_options_that_matter_later_may_change_while_matrices_are_compressed(place: Path, monkeypatch) -> None:

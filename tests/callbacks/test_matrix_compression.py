@@ -223,7 +223,7 @@ def test_a_run_that_was_killed_while_it_compressed_goes_on_there(tmp_path, monke
     monkeypatch.setattr(Journal, "add", lambda self, key, *found: add(self, key, *found) or added.append(key))
     assert_same_training(whole, fit(folder), "a run that was begun again")
     assert len(added) == len(set(added)) > 20, "nothing is found twice"
-    with pytest.raises(FiftyfoldError, match="holds a compression of another model or text"):
+    with pytest.raises(FiftyfoldError, match="holds work on another model or text"):
         make_trainer([MatrixCompression(0.6, batches=2, start=2, work_folder=folder)]).fit(OddUser())
     both = [
         MatrixCompression(0.7, batches=2, targets=t, start=s, work_folder=folder) for t, s in (("up", 0), ("down", 3))

@@ -31,7 +31,7 @@ def test_what_cannot_be_told_apart_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_act": "gelu"}, {"rms_norm_eps": 0.1}, {"rope_parameters": 100.0}, "weight"]
+    "change", [{"hidden_act": "gelu"}, {"rms_norm_eps": 0.1}, {"rope_parameters": 100.0}, "weight", "setting"]
 )
 def test_a_model_is_what_it_computes(change):
     model = tiny_model("llama")
@@ -41,6 +41,10 @@ def test_a_model_is_what_it_computes(change):
     model.config._name_or_path = "elsewhere"
     assert digest_of(identity_of(model)) == known
     config = copy.deepcopy(model.config)
+    if change == "setting":
+        model.model.layers[0].self_attn.scaling *= 2
+        assert digest_of(identity_of(model)) != known
+        return
     if change == "weight":
         model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-6
         assert digest_of(identity_of(model)) != known

@@ -23,6 +23,7 @@ from fiftyfold.modules.tensor_network.channel_order import ChannelOrders, permut
 from fiftyfold.modules.tensor_network.compressed_copy import compressed_copy
 from fiftyfold.modules.tensor_network.compressed_matrix import (
     FAMILIES_BY_DEFAULT,
+    WHOLE_BITS,
     CompressedMatrix,
     Plan,
 )
@@ -39,7 +40,6 @@ OPERATION = "compress_matrices"
 """Kind of a log's entry."""
 
 _FACTOR_BITS = (8, 16)
-_WHOLE_BITS = (3, 4, 8)
 
 
 def compress_matrices(
@@ -208,13 +208,14 @@ def check_arguments(keep: float, **arguments: Unpack[CompressionArguments]) -> N
     plan = Plan(**arguments)
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
         raise FiftyfoldError(f"keep must be a share between 0 and 1, not {keep!r}.")
-    if not plan.families or any(family not in FAMILIES for family in plan.families):
-        raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {list(plan.families)}.")
+    families = plan.families if isinstance(plan.families, Sequence) else ()
+    if not families or any(family not in FAMILIES for family in families):
+        raise FiftyfoldError(f"families must be some of {', '.join(FAMILIES)}, not {plan.families!r}.")
     if plan.factor_bits not in _FACTOR_BITS:
         raise FiftyfoldError(f"factor_bits must be 8 or 16, not {plan.factor_bits!r}.")
-    if isinstance(plan.whole_bits, int):
-        raise FiftyfoldError(f"whole_bits must be a sequence, such as ({plan.whole_bits},), not {plan.whole_bits}.")
-    if any(bits not in _WHOLE_BITS for bits in plan.whole_bits):
+    if not isinstance(plan.whole_bits, Sequence):
+        raise FiftyfoldError(f"whole_bits must be a sequence, such as (4,), not {plan.whole_bits!r}.")
+    if any(bits not in WHOLE_BITS for bits in plan.whole_bits):
         raise FiftyfoldError(f"whole_bits must be some of 3, 4 and 8, not {list(plan.whole_bits)}.")
     if type(plan.sweeps) is not int or plan.sweeps < 1:
         raise FiftyfoldError(f"sweeps must be an integer of at least 1, not {plan.sweeps!r}.")
@@ -246,9 +247,7 @@ def plan_compression(
     model.eval()
     try:
         with open_journal(
-            work_folder,
-            lambda: [names, keep, asdict(plan), identity_of(model), found],
-            "a compression",
+            work_folder, lambda: [OPERATION, names, keep, asdict(plan), identity_of(model), found]
         ) as journal:
             sizes = journal.remember(
                 "bytes",

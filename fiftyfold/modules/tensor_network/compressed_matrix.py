@@ -37,6 +37,9 @@ from fiftyfold.modules.tensor_network.solvers import SWEEPS
 FAMILIES_BY_DEFAULT: tuple[Family, ...] = ("svd", "sum20", "sum50")
 """Chains alone are left out: the sums come near to what they do, and rarely lose to them."""
 
+WHOLE_BITS = (3, 4, 8)
+"""In which a matrix may stay whole."""
+
 _CLEARLY_NEARER = 0.5
 """Where rounding a whole matrix has at most so much of low rank's squared error, no other form is tried."""
 
@@ -78,6 +81,8 @@ class CompressedMatrix:
         """
         form = None if values["form"] is None else NetworkForm.from_json(values["form"])
         number(values["error"]), number(values["bytes"])
+        if values["whole_bits"] not in (None, *WHOLE_BITS):
+            raise ValueError(f"no matrix stays whole in {values['whole_bits']} bits")
         return cls(**{**values, "form": form})
 
 

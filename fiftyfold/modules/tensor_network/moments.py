@@ -190,6 +190,8 @@ def check_batches(batches: Iterable[Batch]) -> list[Batch]:
     Raises:
         FiftyfoldError: if there are none, they hold nothing, or one is neither a tensor nor arguments by name.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, torch.Tensor | Mapping):
+        raise FiftyfoldError(f"batches must be a list of batches, not one {type(batches).__name__}.")
     found = list(batches)
     if wrong := [batch for batch in found if not isinstance(batch, torch.Tensor | Mapping)]:
         raise FiftyfoldError(

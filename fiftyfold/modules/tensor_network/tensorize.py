@@ -119,8 +119,7 @@ def tensorize(
         check_weight(layers[name], name)
     with open_journal(
         work_folder,
-        lambda: [operation["targets"], operation["forms"], {name: identity_of(layers[name]) for name in forms}],
-        "a decomposition",
+        lambda: [OPERATION, operation["targets"], operation["forms"], [identity_of(layers[name]) for name in forms]],
     ) as journal:
         token = _FOUND.set(_decomposed(layers, forms, report=report, journal=journal))
     try:

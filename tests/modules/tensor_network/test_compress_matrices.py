@@ -199,6 +199,9 @@ def test_the_log_holds_the_results():
         (TEXT, {"factor_bits": 4}, "factor_bits"),
         (TEXT, {"whole_bits": (5,)}, "whole_bits"),
         (TEXT, {"sweeps": -1}, "sweeps"),
+        (TEXT, {"families": None}, "families must be some of"),
+        (3, {}, "a list of batches, not one int"),
+        (TEXT[0]["input_ids"], {}, "a list of batches, not one Tensor"),
         (TEXT, {"whole_bits": 4}, "whole_bits must be a sequence"),
         (TEXT, {"optimizer": 3}, "is no optimizer"),
         ([{"foo": torch.zeros(1, 2)}], {}, "cannot be called with the calibration batches"),
@@ -365,6 +368,7 @@ def _swap(line, key, other):
     [
         ("matrix", lambda line: _swap(line, "error", "small")),
         ("matrix", lambda line: _swap(line, "form", {})),
+        ("matrix", lambda line: _swap(line, "whole_bits", 5)),
         ("matrix", lambda line: line["value"]["form"].update(shape=[1, 1])),
         ("matrix", lambda line: line.update(value=None)),
         ("matrix", lambda line: line.update(file="../../absent.safetensors")),
