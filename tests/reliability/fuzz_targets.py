@@ -19,8 +19,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from fiftyfold.app.delivered import complete_delivery, read_rows
+from fiftyfold.app.kept_scores import kept_score
 from fiftyfold.app.remembered import read_checkpoint, remembered_model
-from fiftyfold.app.report import read_rows
 from fiftyfold.app.trainer_cli import parse_trainer_command
 from fiftyfold.callbacks.random_states import CHECKPOINT_KEY, capture_random_states, restore_random_states
 from fiftyfold.datamodules.augmentation import _take_finished, _take_part
@@ -32,8 +33,9 @@ from fiftyfold.datamodules.text_files import read_documents
 from fiftyfold.datamodules.token_cache import open_cache_entry, token_lengths
 from fiftyfold.datamodules.word_candidates import read_synonyms
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules import FineTuningModule, export, load, quantize, reduce_layers, tensorize
+from fiftyfold.modules import FineTuningModule, compress_matrices, export, load, quantize, reduce_layers, tensorize
 from fiftyfold.modules.fine_tuning import load_classifier
+from fiftyfold.modules.journal import LINES_FILE
 from fiftyfold.modules.packed.load import fill, read_manifest
 from fiftyfold.modules.packed.program_facts import ProgramFacts, read_facts
 from fiftyfold.modules.packed.weights_file import check_digest, read_headers, read_tensors
@@ -118,6 +120,44 @@ def _fill_stranger(folder: Path) -> object:
 def _report_rows(folder: Path) -> list[bytes]:
     row = {"model": "teacher", "score": 0.5, "bytes_on_disk": 3000, "parameters": 700, "latency_ms": 1.5}
     return [json.dumps({"metric": "accuracy", "rows": [row, row]}).encode()]
+
+
+# --- work folders
+
+
+def _compress(folder: Path) -> object:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8))
+    return compress_matrices(model, [torch.randn(16, 8)], 0.6, families=("svd", "sum50"), work_folder=folder)
+
+
+def _journal(folder: Path) -> list[bytes]:
+    _compress(folder / "whole")
+    return [(folder / "whole" / LINES_FILE).read_bytes()]
+
+
+def _compress_on(data: bytes, folder: Path) -> object:
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    shutil.copytree(folder / "whole", folder / "work")
+    (folder / "work" / LINES_FILE).write_bytes(data)
+    return _compress(folder / "work")
+
+
+def _scores(folder: Path) -> list[bytes]:
+    kept_score(folder / "scores.json", [1], lambda: {"val/loss": 0.5, "val/accuracy": 0.25})
+    return [(folder / "scores.json").read_bytes()]
+
+
+def _delivery(folder: Path) -> list[bytes]:
+    (folder / "out").mkdir()
+    report = {"run": {"recipe": {"keep": 0.3}}, "rows": [], "metric": "accuracy", "scores": {}}
+    return [json.dumps(report).encode()]
+
+
+def _complete(folder: Path) -> object:
+    (folder / "out.work").mkdir(exist_ok=True)
+    (folder / "out.work" / "options.json").write_text('{"keep": 0.3, "content": {}}')
+    return complete_delivery(folder / "out", folder / "out.work", {"keep": 0.3})
 
 
 # --- structure logs
@@ -416,6 +456,21 @@ TARGETS: tuple[Target, ...] = (
         lambda _: [b"good fine\nbad poor\n"],
         _written("words.txt", lambda f: read_synonyms(f / "words.txt")),
         weight=20,
+    ),
+    Target("journal of a compression", _journal, _compress_on, weight=10),
+    Target(
+        "scores of a run",
+        _scores,
+        _written("scores.json", lambda f: kept_score(f / "scores.json", [1], lambda: {"val/loss": 1.0})),
+        mutate_json,
+        weight=10,
+    ),
+    Target(
+        "report of a run that was killed",
+        _delivery,
+        _written("out/fiftyfold_report.json", _complete),
+        mutate_json,
+        weight=10,
     ),
     Target("augmented file, unfinished", _augmented_part, _written("out.jsonl.part", _read_part), weight=20),
     Target(
