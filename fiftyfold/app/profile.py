@@ -19,7 +19,7 @@ from fiftyfold.app.training import quiet_lightning
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.datamodules.glue import at_least_one
 from fiftyfold.modules.digest import digest_of, identity_of
-from fiftyfold.modules.journal import number, open_journal
+from fiftyfold.modules.journal import open_journal
 from fiftyfold.modules.layer_sensitivity import approximated, input_moments, output_error, profiled_matrices
 from fiftyfold.modules.pretrained import load_language_model
 from fiftyfold.modules.tensor_network.form import NetworkForm, balanced_form, low_rank_form
@@ -230,6 +230,7 @@ def _read_cell(values: Any, key: str, metric: Metric, known: Collection[str]) ->
     cell = Cell(**values)
     if (_key(cell.layer, cell.bond_dimension), cell.metric) != (key, metric) or cell.layer not in known:
         raise ValueError("another cell")
-    for each in (cell.kept, cell.value, cell.change):
-        number(each)
+    # Not all are finite: a perplexity may be beyond all numbers.
+    if not all(isinstance(each, float) for each in (cell.kept, cell.value, cell.change)):
+        raise ValueError("no numbers")
     return cell

@@ -282,6 +282,8 @@ def test_a_profiles_altered_cell_is_named(change: dict[str, object]) -> None:
     assert _read_cell(asdict(cell), _key("layer", 2), "nats", ["layer"]) == cell
     with pytest.raises((ValueError, TypeError)):
         _read_cell(asdict(cell) | change, _key("layer", 2), "nats", ["layer"])
+    endless = Cell("layer", 2, 0.5, "nats", float("inf"), float("inf"))
+    assert _read_cell(json.loads(json.dumps(asdict(endless))), _key("layer", 2), "nats", ["layer"]) == endless
     with pytest.raises(ValueError, match="another cell"):
         _read_cell(asdict(cell), _key("layer", 2), "nats", ["other"])
 
