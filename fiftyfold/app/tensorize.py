@@ -16,7 +16,7 @@ from fiftyfold.app.delivered import complete_delivery, read_rows
 from fiftyfold.app.kept_scores import kept_score
 from fiftyfold.app.road import put_in_place, show, weights_bytes
 from fiftyfold.app.summary import Row
-from fiftyfold.app.tensorize_recipe import Method, TensorizeRecipe, build_text, check_steps, text_digest
+from fiftyfold.app.tensorize_recipe import Method, TensorizeRecipe, build_text, check_steps
 from fiftyfold.app.training import CONTENT, claim_output, quiet_lightning, score, train, work_folder
 from fiftyfold.callbacks import QuantizationAwareTraining
 from fiftyfold.datamodules import LanguageModelingDataModule
@@ -152,7 +152,7 @@ def compress_language_model(recipe: TensorizeRecipe, folder: Path) -> list[Row]:
     text = build_text(recipe)
     fit_vocabulary(teacher.config, text.tokenizer, "model")
     text.setup("fit")
-    content = {"model": digest_of(identity_of(teacher)), "text": text_digest(text)}
+    content = {"models": digest_of(identity_of(teacher)), "data": text.source_digests()}
     with work_folder(work, options | {CONTENT: content}, binding=(DECOMPOSED,), kept=(MATRICES,)) as resume_from:
         before = _score(teacher, text, work)
         check_steps(recipe, text)

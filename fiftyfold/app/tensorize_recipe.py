@@ -7,7 +7,6 @@ from typing import Literal
 
 from fiftyfold.datamodules import LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.modules.digest import digest_of
 from fiftyfold.modules.healing import HealingLoss
 from fiftyfold.modules.healing_module import stage_shares
 from fiftyfold.modules.learning_rate import stage_ends
@@ -80,11 +79,6 @@ def build_text(recipe: TensorizeRecipe) -> LanguageModelingDataModule:
         limit_train=recipe.limit_train,
         seed=recipe.seed,
     )
-
-
-def text_digest(text: LanguageModelingDataModule) -> str:
-    """Return a digest of the tokens that a run learns from and is scored by."""
-    return digest_of([text.row(split) for split in ("train", "validation") if text.has_split(split)])
 
 
 def check_steps(recipe: TensorizeRecipe, text: LanguageModelingDataModule) -> None:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,12 @@ def work_folder(
 
 def remove_work_folder(folder: Path) -> None:
     """Remove a work folder, what tells whose it is at the end, so that a kill meanwhile leaves no riddle."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != OPTIONS_FILE:
-            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OPTIONS_FILE:
+                path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ from fiftyfold.datamodules.token_cache import (
     cached_tokens,
     file_digest,
     token_lengths,
+    tokenizer_digest,
 )
 from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.user_cache import user_cache_folder
@@ -142,12 +143,13 @@ class GLUEDataModule(LightningDataModule):
             self._load_all(self.task.train_splits, "train")
 
     def source_digests(self) -> dict[str, str]:
-        """Return a digest of each split's source, by which a run knows that its data are still the same.
+        """Return digests of each split's source and of the tokenizer: a run knows by them that its data are the same.
 
         Raises:
             FiftyfoldError: if there is none.
         """
-        return {split: digest for split, (digest, _) in self._find_sources().items()}
+        sources = {split: digest for split, (digest, _) in self._find_sources().items()}
+        return sources | {"tokenizer": tokenizer_digest(self.tokenizer)}
 
     def _can_do_without_validation(self, stage: str) -> bool:
         if not self._load_some(self.task.test_splits):

@@ -30,6 +30,7 @@ from fiftyfold.datamodules.stateful_loader import (
     same_every_epoch,
 )
 from fiftyfold.datamodules.text_files import TextSource, find_sources
+from fiftyfold.datamodules.token_cache import tokenizer_digest
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.pretrained import Objective
 from fiftyfold.user_cache import user_cache_folder
@@ -140,6 +141,15 @@ class LanguageModelingDataModule(LightningDataModule):
         """Return ``test`` if the data have it, else ``validation``, else ``train``."""
         sources = self._sources()
         return next(split for split in ("test", "validation", "train") if split in sources)
+
+    def source_digests(self) -> dict[str, str]:
+        """Return digests of each split's source and of the tokenizer: a run knows by them that its data are the same.
+
+        Raises:
+            FiftyfoldError: if there is nothing to read.
+        """
+        sources = {split: source.digest for split, source in self._sources().items()}
+        return sources | {"tokenizer": tokenizer_digest(self.tokenizer)}
 
     def documents(self, split: str) -> list[torch.Tensor]:
         """Return the documents of ``train``, ``validation`` or ``test``, tokens without special ones, [tokens] each.

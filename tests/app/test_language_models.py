@@ -449,7 +449,7 @@ def test_a_run_that_goes_on_scores_nothing_twice(place: Path, monkeypatch) -> No
     assert found == json.loads(Path("whole/fiftyfold_report.json").read_text())["scores"]
 
 
-@pytest.mark.parametrize("what", ["weights", "text", "configuration"])
+@pytest.mark.parametrize("what", ["weights", "text", "configuration", "tokenizer"])
 def test_a_run_whose_model_or_text_changed_in_healing_is_refused(place: Path, what: str, monkeypatch, capsys) -> None:
     from fiftyfold.modules.healing_module import HealingModule
 
@@ -459,11 +459,13 @@ def test_a_run_whose_model_or_text_changed_in_healing_is_refused(place: Path, wh
     with monkeypatch.context() as patch:
         patch.setattr(HealingModule, "training_losses", cut)
         assert main(tensorize_words()) == 130
-    path = {"weights": "teacher/model.safetensors", "configuration": "teacher/config.json"}.get(what)
-    path = next(Path("data").glob("valid*")) if path is None else Path(path)
+    files = {"weights": "model.safetensors", "configuration": "config.json", "tokenizer": "tokenizer.json"}
+    path = Path("teacher") / files[what] if what in files else next(Path("data").glob("valid*"))
     before = path.read_bytes()
     if what == "configuration":
         path.write_bytes(before.replace(b'"silu"', b'"gelu"'))
+    elif what == "tokenizer":
+        path.write_bytes(before.replace(b'"w1"', b'"w1000"'))
     else:
         change(path)
     assert path.read_bytes() != before
