@@ -72,7 +72,7 @@ class CpuLibrary:
         codes = codes.contiguous()
         size = self.functions.ff_arranged_bytes(outputs, inputs, groups, bits)
         arranged = torch.empty(size, dtype=torch.uint8)
-        self.functions.ff_arrange(codes.data_ptr(), outputs, inputs, groups, bits, arranged.data_ptr())
+        self.functions.ff_arrange(codes.data_ptr(), outputs, inputs, groups, bits, size, arranged.data_ptr())
         return arranged
 
 
@@ -153,7 +153,7 @@ def open_library(file: Path, source: str) -> CpuLibrary:
     functions.ff_arranged_bytes.restype = ctypes.c_int64
     sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
     functions.ff_arranged_bytes.argtypes = sizes
-    functions.ff_arrange.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
+    functions.ff_arrange.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_int64, ctypes.c_void_p]
     missing: bytes = functions.ff_attach(str(_torch_library()).encode())
     if missing:
         raise FiftyfoldError(

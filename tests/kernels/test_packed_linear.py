@@ -87,6 +87,36 @@ def test_rows_so_long_that_few_of_their_tables_fit_into_memory(name, tokens, inp
             check(x, codes, torch.rand(256, 1, generator=generator).half(), None, 1, activation_bits=activation_bits)
 
 
+@pytest.mark.parametrize(("outputs", "bits", "looked_up"), [(256, 1, True), (255, 1, False), (256, 2, False)])
+def test_binary_weights_are_looked_up_where_products_are_slow(outputs, bits, looked_up):
+    """Only lookups read what is arranged for them, which a further block tells."""
+    codes = random_codes(outputs, 96, bits, torch.Generator().manual_seed(0))
+    whole_blocks = -(-outputs // 16) * 16 * 96 * bits // 8
+    for name in library().paths():
+        with path(name):
+            weight, _ = arrange_weight(codes, torch.ones(1, 1), bits)
+        assert len(weight) == whole_blocks + 64 * (looked_up and name in {"avx2", "neon"})
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("outputs", [255, 273])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 70])
+def test_what_one_path_arranged_every_other_reads(outputs, bits, tokens):
+    """As where a program that was compiled on one processor runs on another."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, codes = torch.randn(tokens, 96, generator=generator), random_codes(outputs, 96, bits, generator)
+    scale, bias = torch.rand(outputs, 2, generator=generator), torch.randn(outputs, generator=generator)
+    names, results = library().paths(), []
+    for name in names:
+        with path(name):
+            weight, arranged = arrange_weight(codes, scale, bits)
+        for other in names:
+            for count in (1, 2):
+                with path(other), threads(count):
+                    results.append(packed_linear(x, weight, arranged, bias, bits=bits))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
 def test_halves_of_codes_are_rounded_to_even():
     """Dividing 127 by the range first, as torch does with a number on the left, rounds some of these otherwise."""
     x = torch.cat([torch.tensor([127.0]), torch.arange(-126.5, 126.5, 1.0)]).unsqueeze(0) * 0.1
@@ -154,6 +184,7 @@ def test_a_forked_process_computes_alone(product):
     [
         ({"weight": lambda w: w[:-1]}, "not arranged"),
         ({"weight": lambda w: w.view(-1, 2)}, "not arranged"),
+        ({"weight": lambda w: torch.cat([w, w[:64]])}, "not arranged"),
         ({"weight": lambda w: torch.cat([w, w])[::2]}, "not arranged"),
         ({"x": lambda x: x[..., :16]}, "not arranged"),
         ({"x": lambda x: x[..., :0]}, "do not divide"),

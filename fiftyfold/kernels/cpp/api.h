@@ -10,6 +10,7 @@ struct FfLinear {
   const void* x;  // tokens x inputs; a token's entries are neighbours
   int64_t tokens, inputs, x_stride;
   const uint8_t* weight;  // arranged
+  int64_t weight_bytes;
   const float* scale;     // groups x outputs
   int64_t groups, outputs;
   const float* bias;  // or null
@@ -29,8 +30,10 @@ struct FfEmbedding {
   int32_t float_type, bits;
 };
 
+// Of the arrangement that is the quickest on the path in use; every path reads them all.
 FF_API int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits);
-FF_API void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to);
+FF_API void ff_arrange(
+    const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, int64_t bytes, uint8_t* to);
 FF_API void ff_linear(const FfLinear* call);
 
 // Rows (tokens x outputs) times a weight of 1 or 2 bits, by tables whose entries are found from the codes (outputs x

@@ -7,6 +7,10 @@
 //
 // Outputs come in *units* of 64, whose four blocks for the same inputs lie side by side; what is left over comes in
 // units of 16. Each group of inputs (those that share scales) is padded to whole blocks; each unit is one stream.
+//
+// Where binary weights are looked up (`lookups.h`) the four blocks of a unit of 64 lie in *planes*: byte 64*i + o of the
+// 256 is what is byte 4*o + i of blocks side by side. A vector then holds the same inputs of many outputs. So that no
+// product takes one for the other, such an arrangement is longer by a block of zeros.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,6 +26,7 @@ constexpr int kUnitOutputs = kBlockOutputs * kUnitBlocks;
 struct Arrangement {
   int64_t outputs, inputs, groups;
   int bits;
+  bool planes = false;
 
   int64_t block_inputs() const { return 32 / bits; }
   int64_t group_inputs() const { return inputs / groups; }
@@ -32,7 +37,16 @@ struct Arrangement {
   int64_t units() const {
     return wide_units() + (outputs % kUnitOutputs + kBlockOutputs - 1) / kBlockOutputs;
   }
-  int64_t bytes() const { return (outputs + kBlockOutputs - 1) / kBlockOutputs * blocks() * kBlockBytes; }
+  int64_t bytes() const {
+    return ((outputs + kBlockOutputs - 1) / kBlockOutputs * blocks() + planes) * kBlockBytes;
+  }
+
+  // The arrangement of so many bytes.
+  static Arrangement of(int64_t outputs, int64_t inputs, int64_t groups, int bits, int64_t bytes) {
+    Arrangement a{outputs, inputs, groups, bits};
+    a.planes = bits == 1 && bytes > a.bytes();
+    return a;
+  }
 
   bool is_wide(int64_t unit) const { return unit < wide_units(); }
   int64_t first_output(int64_t unit) const {
@@ -67,7 +81,20 @@ inline void arrange_group(const int8_t* codes, int64_t inputs, int64_t step, uin
   }
 }
 
-// Writes the arrangement of one unit of codes (outputs x inputs) to its place in `bytes`, which has room for
+// From four blocks side by side to planes, or back.
+inline void to_planes(const uint8_t* __restrict blocks, uint8_t* __restrict planes) {
+  for (int i = 0; i < 4; i++) {
+    for (int o = 0; o < kUnitOutputs; o++) planes[kUnitOutputs * i + o] = blocks[4 * o + i];
+  }
+}
+
+inline void from_planes(const uint8_t* __restrict planes, uint8_t* __restrict blocks) {
+  for (int o = 0; o < kUnitOutputs; o++) {
+    for (int i = 0; i < 4; i++) blocks[4 * o + i] = planes[kUnitOutputs * i + o];
+  }
+}
+
+// Writes one unit of codes (outputs x inputs), its blocks side by side, to its place in `bytes`, which has room for
 // `a.bytes()`.
 inline void arrange_unit(const Arrangement& a, const int8_t* codes, int64_t unit, uint8_t* bytes) {
   const int64_t first = a.first_output(unit);
@@ -81,6 +108,12 @@ inline void arrange_unit(const Arrangement& a, const int8_t* codes, int64_t unit
       a.bits == 1 ? arrange_group<1>(row, a.group_inputs(), step, lane)
                   : arrange_group<2>(row, a.group_inputs(), step, lane);
     }
+  }
+  if (!a.planes || !a.is_wide(unit)) return;
+  for (int64_t block = 0; block < a.blocks(); block++, base += step) {
+    uint8_t blocks[kUnitBlocks * kBlockBytes];
+    std::memcpy(blocks, base, sizeof blocks);
+    to_planes(blocks, base);
   }
 }
 

@@ -1,5 +1,6 @@
 // The packed linear layer: how its work is cut into pieces for caches and threads.
 #include <algorithm>
+#include <cstring>
 
 #include "api.h"
 #include "floats.h"
@@ -38,11 +39,9 @@ class Linear {
       : call_(call),
         path_(current_path()),
         grid_{call.activation_bits, call.full_range != 0, call.clip, call.largest},
-        arrangement_{call.outputs, call.inputs, call.groups, call.weight_bits},
+        arrangement_(Arrangement::of(call.outputs, call.inputs, call.groups, call.weight_bits, call.weight_bytes)),
         type_(static_cast<FloatType>(call.float_type)) {
-    const bool tabulates = path_.tabulate && call.weight_bits == 1 &&
-                           arrangement_.wide_units() >= kUnitsToTabulate;
-    if (tabulates) table_bytes_ = path_.table_bytes(arrangement_.padded_inputs());
+    if (arrangement_.planes && path_.tabulate) table_bytes_ = path_.table_bytes(arrangement_.padded_inputs());
   }
 
   void run() const {
@@ -149,7 +148,7 @@ class Linear {
     work.y_stride = call_.outputs;
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t output = arrangement_.first_output(unit);
-      work.weight = call_.weight + arrangement_.first_byte(unit);
+      work.weight = blocks_of(unit);
       work.blocks = arrangement_.is_wide(unit) ? kUnitBlocks : 1;
       work.outputs = least(work.blocks * kBlockOutputs, call_.outputs - output);
       work.weight_scale = call_.scale + output;
@@ -165,6 +164,17 @@ class Linear {
         write_floats(y + token * call_.outputs + from, to - from, type_, static_cast<uint16_t*>(call_.y) + at);
       }
     }
+  }
+
+  // A unit's weights as the path reads them: what was arranged for lookups may be read where there are none.
+  const uint8_t* blocks_of(int64_t unit) const {
+    const uint8_t* weight = call_.weight + arrangement_.first_byte(unit);
+    if (!arrangement_.planes || table_bytes_ || !arrangement_.is_wide(unit)) return weight;
+    static thread_local Scratch scratch;
+    constexpr int64_t kStep = kUnitBlocks * kBlockBytes;
+    uint8_t* blocks = scratch.reserve(static_cast<size_t>(arrangement_.blocks() * kStep));
+    for (int64_t b = 0; b < arrangement_.blocks(); b++) from_planes(weight + b * kStep, blocks + b * kStep);
+    return blocks;
   }
 
   int64_t tokens_at_once() const {
@@ -188,12 +198,17 @@ class Linear {
 using fiftyfold::Arrangement;
 
 int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits) {
-  return Arrangement{outputs, inputs, groups, bits}.bytes();
+  Arrangement arrangement{outputs, inputs, groups, bits};
+  const bool pays = arrangement.wide_units() >= fiftyfold::kUnitsToTabulate;
+  arrangement.planes = bits == 1 && pays && fiftyfold::current_path().tabulate;
+  return arrangement.bytes();
 }
 
-void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to) {
-  const Arrangement arrangement{outputs, inputs, groups, bits};
+void ff_arrange(
+    const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, int64_t bytes, uint8_t* to) {
+  const Arrangement arrangement = Arrangement::of(outputs, inputs, groups, bits, bytes);
   auto unit = [&](int64_t number) { fiftyfold::arrange_unit(arrangement, codes, number, to); };
+  if (arrangement.planes) std::memset(to + arrangement.bytes() - fiftyfold::kBlockBytes, 0, fiftyfold::kBlockBytes);
   fiftyfold::for_each_task(arrangement.units(), unit);
 }
 

@@ -20,13 +20,14 @@ constexpr int64_t kTableBytes = 32;   // 16 sums of low halves, then 16 of high 
 constexpr int kRaised = 32;           // what sums of high halves are raised by
 constexpr int64_t kPieceHalves = 16;  // between two widenings
 constexpr int64_t kPanelBytes = kPieceHalves * kIndices * kUnitOutputs;
+constexpr int64_t kFewRows = 2;  // that read their weights as they lie, since unpacking them first takes longer
 
 // What the sums of so many halves begin with, modulo 2**16: it takes off what their high halves are raised by.
 constexpr int16_t first_sum(int64_t halves) { return static_cast<int16_t>(-16 * kRaised * kIndices * halves); }
 
 }  // namespace lookups
 
-// Many rows, whose tables the work has, times 64 outputs.
+// Rows whose tables the work has times 64 outputs, whose blocks lie in planes. Many rows share what is unpacked.
 //
 // Compiled once for each instruction set, which has `unpack`, `add_row` and `finish`.
 #define FF_DEFINE_LOOKUPS(target)                                                                        \
@@ -40,10 +41,17 @@ constexpr int16_t first_sum(int64_t halves) { return static_cast<int16_t>(-16 * 
       std::memset(totals, 0, static_cast<size_t>(work.rows * kUnitOutputs) * sizeof *totals);            \
       for (int64_t block = first; block < first + work.group_blocks; block += kPieceBlocks) {            \
         const int64_t blocks = least(kPieceBlocks, first + work.group_blocks - block);                   \
-        unpack(work.weight + block * step, step, blocks, panel);                                         \
+        const uint8_t* weight = work.weight + block * step;                                              \
         const uint8_t* tables = work.tables + 2 * block * kIndices * kTableBytes;                        \
+        if (work.rows <= kFewRows) {                                                                     \
+          for (int64_t row = 0; row < work.rows; row++) {                                                \
+            add_row<true>(tables + row * work.table_stride, weight, blocks, totals + row * kUnitOutputs);\
+          }                                                                                              \
+          continue;                                                                                      \
+        }                                                                                                \
+        unpack(weight, blocks, panel);                                                                   \
         for (int64_t row = 0; row < work.rows; row++) {                                                  \
-          add_row(tables + row * work.table_stride, panel, 2 * blocks, totals + row * kUnitOutputs);     \
+          add_row<false>(tables + row * work.table_stride, panel, blocks, totals + row * kUnitOutputs);  \
         }                                                                                                \
       }                                                                                                  \
       finish(work, totals, kUnitOutputs, 0, work.rows, 0, work.outputs, group);                          \

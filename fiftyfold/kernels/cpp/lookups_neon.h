@@ -36,16 +36,19 @@ inline void tabulate(const int8_t* codes, int64_t inputs, uint8_t* tables) {
   }
 }
 
+// The indices that the halves of bytes are.
+static FF_INLINE uint8x16_t first_indices(uint8x16_t packed) { return vandq_u8(packed, vdupq_n_u8(15)); }
+
+static FF_INLINE uint8x16_t second_indices(uint8x16_t packed) { return vshrq_n_u8(packed, 4); }
+
 // Four codes of a byte's half to a byte, for 64 outputs.
-static FF_INLINE void unpack(const uint8_t* weight, int64_t step, int64_t blocks, uint8_t* panel) {
-  for (int64_t block = 0; block < blocks; block++, weight += step, panel += 2 * kIndices * kUnitOutputs) {
-    for (int part = 0; part < kUnitBlocks; part++) {
-      const uint8x16x4_t bytes = vld4q_u8(weight + part * kBlockBytes);
-      for (int i = 0; i < kIndices; i++) {
-        uint8_t* to = panel + i * kUnitOutputs + part * kBlockOutputs;
-        vst1q_u8(to, vandq_u8(bytes.val[i], vdupq_n_u8(15)));
-        vst1q_u8(to + kIndices * kUnitOutputs, vshrq_n_u8(bytes.val[i], 4));
-      }
+static FF_INLINE void unpack(const uint8_t* weight, int64_t blocks, uint8_t* panel) {
+  constexpr int kBytes = kIndices * kUnitOutputs;
+  for (int64_t block = 0; block < blocks; block++, panel += kBytes) {
+    for (int i = 0; i < kBytes; i += 16, weight += 16, panel += 16) {
+      const uint8x16_t packed = vld1q_u8(weight);
+      vst1q_u8(panel, first_indices(packed));
+      vst1q_u8(panel + kBytes, second_indices(packed));
     }
   }
 }
@@ -56,24 +59,43 @@ static FF_INLINE void add_widened(int32_t* total, uint16x8_t sums) {
   vst1q_s32(total + 4, vaddw_s16(vld1q_s32(total + 4), vget_high_s16(exact)));
 }
 
-// One row times 64 outputs, at most kPieceHalves halves, added to the totals.
-static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* panel, int64_t halves, int32_t* totals) {
+// Half a block of one row times 64 outputs, added to the sums: in bytes that are indices, or in the first or second
+// halves of packed ones.
+enum class Indices { unpacked, first_halves, second_halves };
+
+template <Indices INDICES>
+static FF_INLINE void add_half(const uint8_t* tables, const uint8_t* bytes, uint16x8_t (&sums)[4][2]) {
   const uint8x8_t sixteen = vdup_n_u8(16);
-  uint16x8_t sums[4][2];
-  for (int v = 0; v < 4; v++) sums[v][0] = sums[v][1] = vdupq_n_u16(static_cast<uint16_t>(first_sum(halves)));
-  for (int64_t half = 0; half < halves; half++, panel += kIndices * kUnitOutputs) {
-    uint8x16_t low[4], high[4];
-    for (int i = 0; i < kIndices; i++, tables += kTableBytes) {
-      const uint8x16_t lows = vld1q_u8(tables), highs = vld1q_u8(tables + 16);
-      for (int v = 0; v < 4; v++) {
-        const uint8x16_t index = vld1q_u8(panel + i * kUnitOutputs + 16 * v);
-        low[v] = i ? vaddq_u8(low[v], vqtbl1q_u8(lows, index)) : vqtbl1q_u8(lows, index);
-        high[v] = i ? vaddq_u8(high[v], vqtbl1q_u8(highs, index)) : vqtbl1q_u8(highs, index);
-      }
-    }
+  uint8x16_t low[4], high[4];
+  for (int i = 0; i < kIndices; i++, tables += kTableBytes) {
+    const uint8x16_t lows = vld1q_u8(tables), highs = vld1q_u8(tables + 16);
     for (int v = 0; v < 4; v++) {
-      sums[v][0] = vmlal_u8(vaddw_u8(sums[v][0], vget_low_u8(low[v])), vget_low_u8(high[v]), sixteen);
-      sums[v][1] = vmlal_u8(vaddw_u8(sums[v][1], vget_high_u8(low[v])), vget_high_u8(high[v]), sixteen);
+      uint8x16_t index = vld1q_u8(bytes + i * kUnitOutputs + 16 * v);
+      if (INDICES == Indices::first_halves) index = first_indices(index);
+      if (INDICES == Indices::second_halves) index = second_indices(index);
+      low[v] = i ? vaddq_u8(low[v], vqtbl1q_u8(lows, index)) : vqtbl1q_u8(lows, index);
+      high[v] = i ? vaddq_u8(high[v], vqtbl1q_u8(highs, index)) : vqtbl1q_u8(highs, index);
+    }
+  }
+  for (int v = 0; v < 4; v++) {
+    sums[v][0] = vmlal_u8(vaddw_u8(sums[v][0], vget_low_u8(low[v])), vget_low_u8(high[v]), sixteen);
+    sums[v][1] = vmlal_u8(vaddw_u8(sums[v][1], vget_high_u8(low[v])), vget_high_u8(high[v]), sixteen);
+  }
+}
+
+// One row times 64 outputs, at most kPieceHalves halves, packed or unpacked, added to the totals.
+template <bool PACKED>
+static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* bytes, int64_t blocks, int32_t* totals) {
+  constexpr int64_t kHalfTables = kIndices * kTableBytes, kHalfBytes = kIndices * kUnitOutputs;
+  uint16x8_t sums[4][2];
+  for (int v = 0; v < 4; v++) sums[v][0] = sums[v][1] = vdupq_n_u16(static_cast<uint16_t>(first_sum(2 * blocks)));
+  for (int64_t block = 0; block < blocks; block++, tables += 2 * kHalfTables, bytes += (PACKED ? 1 : 2) * kHalfBytes) {
+    if (PACKED) {
+      add_half<Indices::first_halves>(tables, bytes, sums);
+      add_half<Indices::second_halves>(tables + kHalfTables, bytes, sums);
+    } else {
+      add_half<Indices::unpacked>(tables, bytes, sums);
+      add_half<Indices::unpacked>(tables + kHalfTables, bytes + kHalfBytes, sums);
     }
   }
   for (int v = 0; v < 4; v++) {

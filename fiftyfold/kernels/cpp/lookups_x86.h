@@ -95,39 +95,37 @@ FF_LOOKUPS inline void tabulate(const int8_t* codes, int64_t inputs, uint8_t* ta
   }
 }
 
-// Four codes of a byte's half to a byte, for 64 outputs: of the outputs 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, 20-23,
-// 28-31 of each 32 in a vector's halves.
-FF_LOOKUPS static FF_INLINE void unpack(const uint8_t* weight, int64_t step, int64_t blocks, uint8_t* panel) {
-  const __m256i by_input = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
-                                            13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m256i nibble = _mm256_set1_epi8(15);
-  for (int64_t block = 0; block < blocks; block++, weight += step, panel += 2 * kIndices * kUnitOutputs) {
-#pragma GCC unroll 2
-    for (int part = 0; part < 2; part++) {
-      __m256i bytes[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + 128 * part + 32 * i));
-        bytes[i] = _mm256_shuffle_epi8(stored, by_input);
-      }
-      transpose_dwords(bytes);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        __m256i* to = reinterpret_cast<__m256i*>(panel + i * kUnitOutputs + 32 * part);
-        _mm256_store_si256(to, _mm256_and_si256(bytes[i], nibble));
-        _mm256_store_si256(to + kIndices * kUnitOutputs / 32, _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), nibble));
-      }
+// The indices that the halves of bytes are.
+FF_LOOKUPS static FF_INLINE __m256i first_indices(__m256i packed) {
+  return _mm256_and_si256(packed, _mm256_set1_epi8(15));
+}
+
+FF_LOOKUPS static FF_INLINE __m256i second_indices(__m256i packed) {
+  return _mm256_and_si256(_mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+}
+
+// Four codes of a byte's half to a byte, for 64 outputs.
+FF_LOOKUPS static FF_INLINE void unpack(const uint8_t* weight, int64_t blocks, uint8_t* panel) {
+  constexpr int kVectors = kIndices * kUnitOutputs / 32;
+  for (int64_t block = 0; block < blocks; block++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++, weight += 32, panel += 32) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(panel), first_indices(packed));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(panel) + kVectors, second_indices(packed));
     }
+    panel += 32 * kVectors;
   }
 }
 
+// The outputs of a vector's second half come 16 after those of its first.
 FF_LOOKUPS static FF_INLINE void add_widened(int32_t* total, __m256i sums) {
-  const __m256i ordered = _mm256_permute4x64_epi64(sums, 0xd8);
-  __m256i* at = reinterpret_cast<__m256i*>(total);
-  const __m256i first = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(ordered));
-  const __m256i second = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(ordered, 1));
-  _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), first));
-  _mm256_storeu_si256(at + 1, _mm256_add_epi32(_mm256_loadu_si256(at + 1), second));
+  __m256i* first = reinterpret_cast<__m256i*>(total);
+  __m256i* second = reinterpret_cast<__m256i*>(total + 16);
+  const __m256i a = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(sums));
+  const __m256i b = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(sums, 1));
+  _mm256_storeu_si256(first, _mm256_add_epi32(_mm256_loadu_si256(first), a));
+  _mm256_storeu_si256(second, _mm256_add_epi32(_mm256_loadu_si256(second), b));
 }
 
 // In assembly, because GCC otherwise moves the lookups away from the additions and runs out of registers.
@@ -147,36 +145,55 @@ FF_LOOKUPS static FF_INLINE void add_sums(__m256i& sums, __m256i table, __m256i 
 #endif
 }
 
-// One row times 64 outputs, at most kPieceHalves halves, added to the totals.
-FF_LOOKUPS static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* panel, int64_t halves, int32_t* totals) {
+// Half a block of one row times 64 outputs, added to the sums: in bytes that are indices, or in the first or second
+// halves of packed ones.
+enum class Indices { unpacked, first_halves, second_halves };
+
+template <Indices INDICES>
+FF_LOOKUPS static FF_INLINE void add_half(const uint8_t* tables, const uint8_t* bytes, __m256i (&sums)[2][2]) {
   const __m256i places = _mm256_set1_epi16(0x1001);  // 1 and 16
-  __m256i sums[2][2];
-  sums[0][0] = sums[0][1] = sums[1][0] = sums[1][1] = _mm256_set1_epi16(first_sum(halves));
-  for (int64_t half = 0; half < halves; half++, tables += kIndices * kTableBytes, panel += kIndices * kUnitOutputs) {
-    __m256i low[2], high[2];
+  __m256i low[2], high[2];
 #pragma GCC unroll 4
-    for (int i = 0; i < kIndices; i++) {
-      const __m128i* table = reinterpret_cast<const __m128i*>(tables + i * kTableBytes);
-      const __m256i lows = _mm256_broadcastsi128_si256(_mm_load_si128(table));
-      const __m256i highs = _mm256_broadcastsi128_si256(_mm_load_si128(table + 1));
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) {
-        const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + i * kUnitOutputs + 32 * v));
-        add_sums(low[v], lows, index, i == 0);
-        add_sums(high[v], highs, index, i == 0);
-      }
-    }
+  for (int i = 0; i < kIndices; i++) {
+    const __m128i* table = reinterpret_cast<const __m128i*>(tables + i * kTableBytes);
+    const __m256i lows = _mm256_broadcastsi128_si256(_mm_load_si128(table));
+    const __m256i highs = _mm256_broadcastsi128_si256(_mm_load_si128(table + 1));
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) {
-      const __m256i a = _mm256_unpacklo_epi8(low[v], high[v]), b = _mm256_unpackhi_epi8(low[v], high[v]);
-      sums[v][0] = _mm256_add_epi16(sums[v][0], _mm256_maddubs_epi16(a, places));
-      sums[v][1] = _mm256_add_epi16(sums[v][1], _mm256_maddubs_epi16(b, places));
+      __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i * kUnitOutputs + 32 * v));
+      if (INDICES == Indices::first_halves) index = first_indices(index);
+      if (INDICES == Indices::second_halves) index = second_indices(index);
+      add_sums(low[v], lows, index, i == 0);
+      add_sums(high[v], highs, index, i == 0);
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; v++) {
+    const __m256i a = _mm256_unpacklo_epi8(low[v], high[v]), b = _mm256_unpackhi_epi8(low[v], high[v]);
+    sums[v][0] = _mm256_add_epi16(sums[v][0], _mm256_maddubs_epi16(a, places));
+    sums[v][1] = _mm256_add_epi16(sums[v][1], _mm256_maddubs_epi16(b, places));
+  }
+}
+
+// One row times 64 outputs, at most kPieceHalves halves, packed or unpacked, added to the totals.
+template <bool PACKED>
+FF_LOOKUPS static FF_INLINE void add_row(const uint8_t* tables, const uint8_t* bytes, int64_t blocks, int32_t* totals) {
+  constexpr int64_t kHalfTables = kIndices * kTableBytes, kHalfBytes = kIndices * kUnitOutputs;
+  __m256i sums[2][2];
+  sums[0][0] = sums[0][1] = sums[1][0] = sums[1][1] = _mm256_set1_epi16(first_sum(2 * blocks));
+  for (int64_t block = 0; block < blocks; block++, tables += 2 * kHalfTables, bytes += (PACKED ? 1 : 2) * kHalfBytes) {
+    if (PACKED) {
+      add_half<Indices::first_halves>(tables, bytes, sums);
+      add_half<Indices::second_halves>(tables + kHalfTables, bytes, sums);
+    } else {
+      add_half<Indices::unpacked>(tables, bytes, sums);
+      add_half<Indices::unpacked>(tables + kHalfTables, bytes + kHalfBytes, sums);
     }
   }
   add_widened(totals, sums[0][0]);
-  add_widened(totals + 16, sums[0][1]);
+  add_widened(totals + 8, sums[0][1]);
   add_widened(totals + 32, sums[1][0]);
-  add_widened(totals + 48, sums[1][1]);
+  add_widened(totals + 40, sums[1][1]);
 }
 
 FF_DEFINE_LOOKUPS(FF_LOOKUPS)
