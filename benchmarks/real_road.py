@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from fiftyfold.app.recipe import Recipe
 from fiftyfold.app.road import build_callbacks, build_data, compare, fine_tune, travel
 from fiftyfold.app.training import quiet_lightning, score
+from fiftyfold.datamodules.glue import load_tokenizer
 from fiftyfold.datamodules.glue_files import read_file
 from fiftyfold.datamodules.glue_tasks import get_task
 
@@ -92,6 +93,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "w2a8": {"weight_bits": 2},
     "w1a8-3layers": {"layers": "every-other", "keep": 3},
     "w1a8-xtc-targets": {"targets": "xtc"},
+    "w1a8-fewer-tokens": {"vocabulary": "texts"},
+    "w1a8-3layers-fewer-tokens": {"layers": "every-other", "keep": 3, "vocabulary": "texts"},
 }
 STUDIED = ("sst2", "mrpc")
 CELLS = [
@@ -188,7 +191,8 @@ def remeasure(work: Path) -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         if "rows" in result and (work / result["cell"]).is_dir():
             recipe = Recipe(**result["recipe"])
-            rows, _ = compare(recipe, build_data(recipe), work / result["cell"])
+            folder = work / result["cell"]
+            rows, _ = compare(recipe, build_data(recipe, load_tokenizer(str(folder))), folder)
             result |= {"rows": [row.to_json() for row in rows], "latency_threads": torch.get_num_threads()}
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

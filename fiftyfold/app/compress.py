@@ -21,6 +21,7 @@ def compress(
     layers: Literal["all", "every-other", "first", "last"] | list[int] = "all",
     keep: int | None = None,
     targets: str | list[str] = "default",
+    vocabulary: Literal["all", "texts"] = "all",
     stages: Literal[1, 2, 3] = 1,
     epochs: int = 6,
     batch_size: int = 32,
@@ -50,6 +51,8 @@ def compress(
         layers: which of the teacher's layers the student keeps.
         keep: how many layers to keep, with every-other, first or last.
         targets: modules to quantize: default, xtc, or regular expressions on their names.
+        vocabulary: texts leaves out the tokens that no training text has, unlabelled ones included; other words are
+            then read in smaller pieces.
         stages: stages of distillation; XTC uses one.
         epochs: passes over the training data.
         batch_size: sentences a step.
@@ -76,6 +79,7 @@ def compress(
         layers=layers,
         keep=keep,
         targets=targets,
+        vocabulary=vocabulary,
         stages=stages,
         epochs=epochs,
         batch_size=batch_size,

@@ -89,12 +89,14 @@ def _own_commands() -> dict[str, Callable[..., object]]:
     from fiftyfold.app.quickstart import quickstart
     from fiftyfold.app.report import report
     from fiftyfold.app.tensorize import tensorize_command
+    from fiftyfold.app.trim import trim
 
     return {
         "quickstart": quickstart,
         "compress": compress,
         "tensorize": tensorize_command,
         "augment": augment,
+        "trim": trim,
         "export": export,
         "evaluate": evaluate,
         "plan": plan,

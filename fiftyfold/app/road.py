@@ -12,6 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fiftyfold.app.delivered import complete_delivery, read_rows
@@ -26,10 +27,12 @@ from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, export, load
 from fiftyfold.modules.digest import digest_of, identity_of
 from fiftyfold.modules.evaluation_task import fit_labels, fit_vocabulary
+from fiftyfold.modules.fine_tuning import load_teacher
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.export import REPORT_FILE
 from fiftyfold.modules.quantization.targets import find_targets
 from fiftyfold.modules.task_module import TaskModule
+from fiftyfold.modules.vocabulary import trim_vocabulary
 
 PICTURE_FILE = "fiftyfold_report.png"
 
@@ -57,10 +60,14 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
         return rows
     claim_output(folder)
     quiet_lightning()
-    data = _prepare(recipe)
-    module = build_module(recipe)
+    data, teacher = _prepare(recipe), recipe.teacher
+    if recipe.vocabulary == "texts":
+        data, teacher = trim(recipe, data)
+    module = build_module(recipe, teacher)
     check_input(recipe, module, data)
     with _trained(recipe, module, data, folder, build_callbacks(recipe)) as work:
+        if not isinstance(teacher, str):
+            extra_rows = [*extra_rows, _row_of_trimmed(teacher, data)]
         return deliver(recipe, module, data, aside=work / "packed", folder=folder, extra_rows=extra_rows)
 
 
@@ -84,12 +91,22 @@ def fine_tune(recipe: Recipe, folder: Path, callbacks: tuple[Callback, ...] = ()
     return module
 
 
-def build_data(recipe: Recipe) -> GLUEDataModule:
-    """Return the recipe's data, tokenized as its teacher expects."""
+def trim(recipe: Recipe, data: GLUEDataModule) -> tuple[GLUEDataModule, PreTrainedModel]:
+    """Return the recipe's data and teacher with the tokens that its training texts need."""
+    teacher = load_teacher(recipe.teacher)
+    fit_vocabulary(teacher.config, data.tokenizer, "teacher")
+    with Console().status("finding the tokens that the texts need"):
+        tokenizer = trim_vocabulary(teacher, data.tokenizer, data.training_texts)
+    print(f"vocabulary: {len(tokenizer):,} of {len(data.tokenizer):,} tokens")
+    return build_data(recipe, tokenizer), teacher
+
+
+def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> GLUEDataModule:
+    """Return the recipe's data, in the tokens of ``tokenizer`` or of its teacher."""
     return GLUEDataModule(
         task=recipe.task,
         data=recipe.data,
-        tokenizer=recipe.teacher,
+        tokenizer=tokenizer or recipe.teacher,
         batch_size=recipe.batch_size,
         max_length=recipe.max_length,
         group_by_length=recipe.group_by_length,
@@ -100,10 +117,10 @@ def build_data(recipe: Recipe) -> GLUEDataModule:
     )
 
 
-def build_module(recipe: Recipe) -> DistillationModule:
-    """Return the recipe's teacher and student."""
+def build_module(recipe: Recipe, teacher: str | PreTrainedModel) -> DistillationModule:
+    """Return a teacher and the recipe's student."""
     return DistillationModule(
-        teacher=recipe.teacher,
+        teacher=teacher,
         layers=recipe.layers,
         keep=recipe.keep,
         stages=recipe.stages,
@@ -195,7 +212,8 @@ def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Ro
         The rows of teacher and student, and all their development metrics by name.
     """
     teacher, student = FineTuningModule(recipe.teacher), FineTuningModule(load(folder))
-    scores = {"teacher": score(teacher, data), "reloaded": score(student, data)}
+    read = data if recipe.vocabulary == "all" else build_data(recipe)  # in the teacher's own tokens
+    scores = {"teacher": score(teacher, read), "reloaded": score(student, data)}
     latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))
     rows = [
         Row(
@@ -214,6 +232,11 @@ def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Ro
         ),
     ]
     return rows, scores
+
+
+def _row_of_trimmed(teacher: PreTrainedModel, data: GLUEDataModule) -> Row:
+    numbers = sum(parameter.numel() for parameter in teacher.parameters())
+    return Row("fewer tokens", score(FineTuningModule(teacher), data)["val/score"], parameters=numbers)
 
 
 def show(rows: Sequence[Row], metric: str, folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ class GLUEDataModule(LightningDataModule):
         """
         sources = {split: digest for split, (digest, _) in self._find_sources().items()}
         return sources | {"tokenizer": tokenizer_digest(self.tokenizer)}
+
+    def training_texts(self) -> Iterator[str]:
+        """Yield every text of the training set, of which ``limit_train`` chooses, and of the unlabelled one.
+
+        Raises:
+            FiftyfoldError: if a file is missing or wrong.
+        """
+        sources = self._find_sources()
+        for split in (*self.task.train_splits, _UNLABELLED):
+            if split in sources:
+                yield from chain.from_iterable(sources[split][1]().texts)
 
     def _can_do_without_validation(self, stage: str) -> bool:
         if not self._load_some(self.task.test_splits):

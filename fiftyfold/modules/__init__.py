@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fiftyfold.modules.packed.export import export
     from fiftyfold.modules.packed.load import load
     from fiftyfold.modules.text_module import LanguageModelingModule
+    from fiftyfold.modules.vocabulary import trim_vocabulary
 
 _HOMES = {
     "DistillationModule": "distillation",
@@ -39,6 +40,7 @@ _HOMES = {
     "load": "packed.load",
     "load_compiled": "packed.compiled_program",
     "load_from_checkpoint": "checkpoint",
+    "trim_vocabulary": "vocabulary",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "quantize_bitsandbytes",
     "reduce_layers",
     "tensorize",
+    "trim_vocabulary",
 ]
 
 
