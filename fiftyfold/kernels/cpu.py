@@ -25,6 +25,18 @@ PATH_VARIABLE = "FIFTYFOLD_KERNEL_PATH"
 
 _log = logging.getLogger(__name__)
 
+_forked = False
+
+
+def _note_fork() -> None:
+    """Remember that torch's threads, which may have been started by now, stayed in the parent."""
+    global _forked  # noqa: PLW0603 - a fact about the process
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
 
 @dataclass(frozen=True)
 class CpuLibrary:
@@ -71,8 +83,8 @@ class CpuLibrary:
         outputs, inputs = codes.shape
         codes = codes.contiguous()
         size = self.functions.ff_arranged_bytes(outputs, inputs, groups, bits)
-        arranged = torch.empty(size, dtype=torch.uint8)
-        self.functions.ff_arrange(codes.data_ptr(), outputs, inputs, groups, bits, size, arranged.data_ptr())
+        arranged = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.functions.ff_arrange(codes.data_ptr(), outputs, inputs, groups, bits, arranged.data_ptr())
         return arranged
 
 
@@ -153,12 +165,14 @@ def open_library(file: Path, source: str) -> CpuLibrary:
     functions.ff_arranged_bytes.restype = ctypes.c_int64
     sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
     functions.ff_arranged_bytes.argtypes = sizes
-    functions.ff_arrange.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_int64, ctypes.c_void_p]
+    functions.ff_arrange.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
     missing: bytes = functions.ff_attach(str(_torch_library()).encode())
     if missing:
         raise FiftyfoldError(
             f"torch {torch.__version__} lacks {missing.decode()}; the kernels need torch 2.10 or later"
         )
+    if _forked:
+        functions.ff_compute_alone()
     return CpuLibrary(file, source, functions)
 
 

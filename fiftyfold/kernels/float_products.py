@@ -55,8 +55,8 @@ def _medium_error() -> float:
     torch.set_float32_matmul_precision("medium")
     try:
         for rows, inner, columns in _SHAPES:
-            a = torch.randn(rows, inner, generator=generator)
-            b = torch.randn(inner, columns, generator=generator)
+            a = torch.randn(rows, inner, generator=generator, dtype=torch.float32, device="cpu")
+            b = torch.randn(inner, columns, generator=generator, dtype=torch.float32, device="cpu")
             exact = a.double() @ b.double()
             errors.append(float(((a @ b).double() - exact).abs().max() / exact.abs().max()))
     finally:

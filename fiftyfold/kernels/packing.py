@@ -181,7 +181,7 @@ def _table(bits: int) -> torch.Tensor:
     """Return the codes in each possible byte, int8 with shape (256, codes in a byte)."""
     per_unit, _ = _UNITS[bits]
     base = 3 if bits == 2 else 2**bits
-    digits = torch.arange(256).unsqueeze(1) // base ** torch.arange(per_unit) % base
+    digits = torch.arange(256, device="cpu").unsqueeze(1) // base ** torch.arange(per_unit, device="cpu") % base
     codes = digits * 2 - 1 if bits == 1 else digits - _zero_digit(bits)
     return codes.to(torch.int8)
 

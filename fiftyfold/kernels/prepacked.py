@@ -131,11 +131,11 @@ def _multiply(part: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _is_exact() -> bool:
     """Try the product where it is hardest: inputs and codes at their ends, and sums of both signs."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-1, 2, (67, 1030), generator=generator).to(torch.int8)
-    codes[:2] = torch.tensor([[1], [-1]])
-    x = torch.randint(-128, 128, (9, 1030), generator=generator).float()
-    x[:3] = torch.tensor([[-128.0], [127.0], [0.0]])
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(-1, 2, (67, 1030), generator=generator, dtype=torch.int8, device="cpu")
+    codes[0], codes[1] = 1, -1
+    x = torch.randint(-128, 128, (9, 1030), generator=generator, dtype=torch.float32, device="cpu")
+    x[0], x[1], x[2] = -128, 127, 0
     x[3, ::2], x[3, 1::2] = -128, 127
     try:
         return torch.equal(_multiply(_prepack(codes, 1).parts[0], x), x @ codes.t().float())

@@ -24,7 +24,7 @@ def find_entries(codes: torch.Tensor, bits: int) -> torch.Tensor:
         bits: 1 or 2.
     """
     outputs, inputs = codes.shape
-    entries = torch.empty(_native().ff_entries_bytes(outputs, inputs, bits), dtype=torch.uint8)
+    entries = torch.empty(_native().ff_entries_bytes(outputs, inputs, bits), dtype=torch.uint8, device="cpu")
     _native().ff_find_entries(codes.contiguous().data_ptr(), outputs, inputs, bits, entries.data_ptr())
     return entries
 
@@ -42,7 +42,7 @@ def multiply_rows(
         inputs: of the weight.
     """
     rows, scale = rows.contiguous(), scale.contiguous()
-    y = torch.empty(len(rows), inputs)
+    y = rows.new_empty((len(rows), inputs))
     per_tensor = int(len(scale) == 1)
     _native().ff_multiply_rows(
         rows.data_ptr(), *rows.shape, inputs, bits, entries.data_ptr(), scale.data_ptr(), per_tensor, y.data_ptr()

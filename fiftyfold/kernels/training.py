@@ -106,8 +106,8 @@ def quantize_weight(
         per_tensor: one scale for all.
         clip: clamp to ``[-clip, clip]`` first.
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty((1, 1) if per_tensor else (len(weight), groups), dtype=torch.float16)
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    scale = weight.new_empty((1, 1) if per_tensor else (len(weight), groups), dtype=torch.float16)
     _run_weight(weight, scale, bits=bits, groups=groups, per_tensor=per_tensor, clip=clip, codes=codes)
     return WeightCodes(codes, scale)
 
@@ -121,7 +121,7 @@ def fake_quantize_weight(
 
         return weights.fake_quantize_weight(weight, bits=bits, groups=groups, per_tensor=per_tensor, clip=clip)
     y = torch.empty_like(weight)
-    scale = torch.empty((1, 1) if per_tensor else (len(weight), groups), dtype=torch.float16)
+    scale = weight.new_empty((1, 1) if per_tensor else (len(weight), groups), dtype=torch.float16)
     _run_weight(weight, scale, bits=bits, groups=groups, per_tensor=per_tensor, clip=clip, y=y)
     return y
 
@@ -129,7 +129,7 @@ def fake_quantize_weight(
 def dequantize_weight(weight: WeightCodes) -> torch.Tensor:
     """Return codes times scales, float32 (outputs, inputs)."""
     codes, scale = weight.codes, weight.scale
-    y = torch.empty(codes.shape)
+    y = torch.empty_like(codes, dtype=torch.float32)
     per_tensor = int(len(scale) == 1 and len(codes) != 1)
     _native().ff_dequantize(
         codes.data_ptr(), *codes.shape, scale.shape[1], per_tensor, scale.data_ptr(), y.data_ptr()

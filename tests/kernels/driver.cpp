@@ -80,8 +80,7 @@ bool check_linear(const Case& c) {
   std::vector<int8_t> codes(static_cast<size_t>(c.outputs) * c.inputs);
   for (auto& code : codes) code = static_cast<int8_t>(c.extreme ? 1 : c.bits == 1 ? pick(0, 1) * 2 - 1 : pick(-1, 1));
   std::vector<uint8_t> arranged(static_cast<size_t>(ff_arranged_bytes(c.outputs, c.inputs, c.groups, c.bits)));
-  const int64_t bytes = static_cast<int64_t>(arranged.size());
-  ff_arrange(codes.data(), c.outputs, c.inputs, c.groups, c.bits, bytes, arranged.data());
+  ff_arrange(codes.data(), c.outputs, c.inputs, c.groups, c.bits, arranged.data());
   const int stride = c.inputs + pick(0, 3);
   // The last token ends where the memory ends.
   std::vector<float> x(static_cast<size_t>((c.tokens - 1) * stride + c.inputs));
@@ -99,7 +98,7 @@ bool check_linear(const Case& c) {
   const float largest = 3.7f, clip = c.clip ? 5.0f : INFINITY;
   FfLinear call{};
   call.x = x.data(), call.tokens = c.tokens, call.inputs = c.inputs, call.x_stride = stride;
-  call.weight = arranged.data(), call.weight_bytes = bytes, call.scale = scale.data(), call.groups = c.groups, call.outputs = c.outputs;
+  call.weight = arranged.data(), call.planes = ff_is_in_planes(arranged.data(), arranged.size()), call.scale = scale.data(), call.groups = c.groups, call.outputs = c.outputs;
   call.bias = c.bias ? bias.data() : nullptr, call.y = y.data(), call.largest = c.fixed ? &largest : nullptr;
   call.clip = clip, call.weight_bits = c.bits, call.activation_bits = c.activation_bits, call.full_range = c.full_range;
   ff_linear(&call);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -89,13 +90,13 @@ def test_rows_so_long_that_few_of_their_tables_fit_into_memory(name, tokens, inp
 
 @pytest.mark.parametrize(("outputs", "bits", "looked_up"), [(256, 1, True), (255, 1, False), (256, 2, False)])
 def test_binary_weights_are_looked_up_where_products_are_slow(outputs, bits, looked_up):
-    """Only lookups read what is arranged for them, which a further block tells."""
+    """Only lookups read what is arranged for them."""
     codes = random_codes(outputs, 96, bits, torch.Generator().manual_seed(0))
-    whole_blocks = -(-outputs // 16) * 16 * 96 * bits // 8
     for name in library().paths():
         with path(name):
             weight, _ = arrange_weight(codes, torch.ones(1, 1), bits)
-        assert len(weight) == whole_blocks + 64 * (looked_up and name in {"avx2", "neon"})
+        in_planes = library().functions.ff_is_in_planes(ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(len(weight)))
+        assert bool(in_planes) == (looked_up and name in {"avx2", "neon"})
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -179,6 +180,20 @@ def test_a_forked_process_computes_alone(product):
     assert torch.equal(torch.from_numpy(result), expected)
 
 
+def test_a_forked_process_that_is_the_first_to_load_the_library_computes_alone():
+    library()
+    program = (
+        "import os, torch; from fiftyfold.kernels.cpu import cpu_status;"
+        "from fiftyfold.kernels.operators import arrange_weight, packed_linear;"
+        "torch.set_num_threads(2); x = torch.randn(512, 512); x @ x; codes = torch.ones(768, 512, dtype=torch.int8);"
+        "scale = torch.ones(1, 1); child = os.fork(); status = os.waitpid(child, 0)[1] if child else None;"
+        "packed_linear(x, *arrange_weight(codes, scale, 2), bits=2);"
+        "print(cpu_status().library.threads(), flush=True); os._exit(status or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,10 +202,11 @@ def test_a_forked_process_computes_alone(product):
         ({"weight": lambda w: torch.cat([w, w[:64]])}, "not arranged"),
         ({"weight": lambda w: torch.cat([w, w])[::2]}, "not arranged"),
         ({"x": lambda x: x[..., :16]}, "not arranged"),
+        ({"x": lambda x: x[..., :63]}, "not arranged"),
         ({"x": lambda x: x[..., :0]}, "do not divide"),
         ({"x": lambda x: x.long()}, "float32, bfloat16 or float16"),
         ({"scale": lambda s: s.half()}, "float32 matrix"),
-        ({"scale": lambda s: s[:, :-1]}, "one entry for each output"),
+        ({"scale": lambda s: s[:, :-1]}, "not arranged"),
         ({"scale": lambda s: s[:, :30]}, "not arranged"),
         ({"scale": lambda s: s.t()}, "do not divide|not arranged"),
         ({"scale": lambda s: s.expand(3, -1).contiguous()}, "do not divide"),

@@ -10,7 +10,6 @@ struct FfLinear {
   const void* x;  // tokens x inputs; a token's entries are neighbours
   int64_t tokens, inputs, x_stride;
   const uint8_t* weight;  // arranged
-  int64_t weight_bytes;
   const float* scale;     // groups x outputs
   int64_t groups, outputs;
   const float* bias;  // or null
@@ -18,6 +17,7 @@ struct FfLinear {
   const float* largest;  // of a static range, or null
   float clip;            // or infinity
   int32_t float_type, weight_bits, activation_bits, full_range;
+  int32_t planes;  // of the arrangement
 };
 
 struct FfEmbedding {
@@ -30,10 +30,10 @@ struct FfEmbedding {
   int32_t float_type, bits;
 };
 
-// Of the arrangement that is the quickest on the path in use; every path reads them all.
 FF_API int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits);
-FF_API void ff_arrange(
-    const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, int64_t bytes, uint8_t* to);
+// As the path in use is the quickest; every path reads what another has arranged.
+FF_API void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to);
+FF_API int32_t ff_is_in_planes(const uint8_t* arranged, int64_t bytes);
 FF_API void ff_linear(const FfLinear* call);
 
 // Rows (tokens x outputs) times a weight of 1 or 2 bits, by tables whose entries are found from the codes (outputs x
@@ -56,6 +56,8 @@ FF_API const char* ff_path();
 FF_API const char* ff_supported_path(int32_t index);  // null after the last
 FF_API int32_t ff_choose_path(const char* name);      // 1 if the processor has it
 FF_API int32_t ff_threads();
+// From now on with one thread: where the process was forked before it loaded the library.
+FF_API void ff_compute_alone();
 
 // Multiplications and additions a second that the path's instructions allow, or 0 if that is not known.
 FF_API double ff_peak(int32_t threads, int64_t rounds);

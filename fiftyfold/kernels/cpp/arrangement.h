@@ -9,8 +9,9 @@
 // units of 16. Each group of inputs (those that share scales) is padded to whole blocks; each unit is one stream.
 //
 // Where binary weights are looked up (`lookups.h`) the four blocks of a unit of 64 lie in *planes*: byte 64*i + o of the
-// 256 is what is byte 4*o + i of blocks side by side. A vector then holds the same inputs of many outputs. So that no
-// product takes one for the other, such an arrangement is longer by a block of zeros.
+// 256 is what is byte 4*o + i of blocks side by side. A vector then holds the same inputs of many outputs.
+//
+// The last block says what was arranged, so that no product takes it for something else.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,16 +38,8 @@ struct Arrangement {
   int64_t units() const {
     return wide_units() + (outputs % kUnitOutputs + kBlockOutputs - 1) / kBlockOutputs;
   }
-  int64_t bytes() const {
-    return ((outputs + kBlockOutputs - 1) / kBlockOutputs * blocks() + planes) * kBlockBytes;
-  }
-
-  // The arrangement of so many bytes.
-  static Arrangement of(int64_t outputs, int64_t inputs, int64_t groups, int bits, int64_t bytes) {
-    Arrangement a{outputs, inputs, groups, bits};
-    a.planes = bits == 1 && bytes > a.bytes();
-    return a;
-  }
+  int64_t label_byte() const { return (outputs + kBlockOutputs - 1) / kBlockOutputs * blocks() * kBlockBytes; }
+  int64_t bytes() const { return label_byte() + kBlockBytes; }
 
   bool is_wide(int64_t unit) const { return unit < wide_units(); }
   int64_t first_output(int64_t unit) const {
@@ -55,6 +48,23 @@ struct Arrangement {
   }
   int64_t first_byte(int64_t unit) const { return first_output(unit) / kBlockOutputs * blocks() * kBlockBytes; }
 };
+
+// What the last block holds.
+struct Label {
+  int64_t outputs, inputs, groups;
+  int32_t bits, planes;
+  uint8_t unused[kBlockBytes - 32];
+
+  static Label of(const Arrangement& a) { return {a.outputs, a.inputs, a.groups, a.bits, a.planes, {}}; }
+
+  // Of an arrangement of at least a block.
+  static Label read(const uint8_t* arranged, int64_t bytes) {
+    Label label;
+    std::memcpy(&label, arranged + bytes - kBlockBytes, sizeof label);
+    return label;
+  }
+};
+static_assert(sizeof(Label) == kBlockBytes, "a label is a block");
 
 // Four codes as they are stored, a byte each.
 template <int BITS>

@@ -39,7 +39,7 @@ class Linear {
       : call_(call),
         path_(current_path()),
         grid_{call.activation_bits, call.full_range != 0, call.clip, call.largest},
-        arrangement_(Arrangement::of(call.outputs, call.inputs, call.groups, call.weight_bits, call.weight_bytes)),
+        arrangement_{call.outputs, call.inputs, call.groups, call.weight_bits, call.planes != 0},
         type_(static_cast<FloatType>(call.float_type)) {
     if (arrangement_.planes && path_.tabulate) table_bytes_ = path_.table_bytes(arrangement_.padded_inputs());
   }
@@ -198,18 +198,21 @@ class Linear {
 using fiftyfold::Arrangement;
 
 int64_t ff_arranged_bytes(int64_t outputs, int64_t inputs, int64_t groups, int32_t bits) {
+  return Arrangement{outputs, inputs, groups, bits}.bytes();
+}
+
+void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, uint8_t* to) {
   Arrangement arrangement{outputs, inputs, groups, bits};
   const bool pays = arrangement.wide_units() >= fiftyfold::kUnitsToTabulate;
   arrangement.planes = bits == 1 && pays && fiftyfold::current_path().tabulate;
-  return arrangement.bytes();
+  const fiftyfold::Label label = fiftyfold::Label::of(arrangement);
+  std::memcpy(to + arrangement.label_byte(), &label, sizeof label);
+  auto unit = [&](int64_t number) { fiftyfold::arrange_unit(arrangement, codes, number, to); };
+  fiftyfold::for_each_task(arrangement.units(), unit);
 }
 
-void ff_arrange(
-    const int8_t* codes, int64_t outputs, int64_t inputs, int64_t groups, int32_t bits, int64_t bytes, uint8_t* to) {
-  const Arrangement arrangement = Arrangement::of(outputs, inputs, groups, bits, bytes);
-  auto unit = [&](int64_t number) { fiftyfold::arrange_unit(arrangement, codes, number, to); };
-  if (arrangement.planes) std::memset(to + arrangement.bytes() - fiftyfold::kBlockBytes, 0, fiftyfold::kBlockBytes);
-  fiftyfold::for_each_task(arrangement.units(), unit);
+int32_t ff_is_in_planes(const uint8_t* arranged, int64_t bytes) {
+  return fiftyfold::Label::read(arranged, bytes).planes;
 }
 
 void ff_linear(const FfLinear* call) { fiftyfold::Linear(*call).run(); }
@@ -220,3 +223,4 @@ const char* ff_supported_path(int32_t index) {
 }
 int32_t ff_choose_path(const char* name) { return fiftyfold::choose_path(name); }
 int32_t ff_threads() { return fiftyfold::thread_count(); }
+void ff_compute_alone() { fiftyfold::compute_alone(); }

@@ -58,6 +58,9 @@ struct LinearArguments {
         largest(optional_tensor(from)) {}
 };
 
+constexpr char kNotArranged[] =
+    "packed_linear: the weight was not arranged for an input of this width, these scales and these bits";
+
 void check_linear(const LinearArguments& a) {
   const int32_t float32 = shim.aoti_torch_dtype_float32();
   require(a.bits == 1 || a.bits == 2, "packed_linear: weights must have 1 or 2 bits");
@@ -71,10 +74,13 @@ void check_linear(const LinearArguments& a) {
   const int64_t inputs = a.x.size(a.x.dim() - 1), groups = a.scale.size(0), outputs = a.scale.size(1);
   require(inputs > 0 && inputs % groups == 0, "packed_linear: the groups do not divide the inputs");
   require(inputs <= (a.activation_bits == 16 ? 1 << 16 : 1 << 17), "packed_linear: so many products overflow int32");
-  const int bits = static_cast<int>(a.bits);
+  const Arrangement expected{outputs, inputs, groups, static_cast<int>(a.bits)};
   require(a.weight.type() == shim.aoti_torch_dtype_uint8() && a.weight.dim() == 1 && a.weight.is_contiguous() &&
-              a.weight.numel() == Arrangement::of(outputs, inputs, groups, bits, a.weight.numel()).bytes(),
-          "packed_linear: the weight was not arranged for this input, these scales and these bits");
+              a.weight.numel() == expected.bytes(),
+          kNotArranged);
+  const Label label = Label::read(a.weight.data<uint8_t>(), a.weight.numel());
+  require(label.outputs == outputs && label.inputs == inputs && label.groups == groups && label.bits == a.bits,
+          kNotArranged);
   require(!a.bias || (a.bias->dim() == 1 && a.bias->size(0) == outputs),
           "packed_linear: the bias must have one entry for each output");
   require(!a.largest || (a.largest->numel() == 1 && a.largest->type() == float32),
@@ -128,7 +134,7 @@ Tensor linear(const LinearArguments& a) {
   call.x = (copy ? *copy : a.x).data<void>();
   call.tokens = y.numel() / call.outputs;
   call.weight = a.weight.data<uint8_t>();
-  call.weight_bytes = a.weight.numel();
+  call.planes = ff_is_in_planes(call.weight, a.weight.numel());
   call.scale = a.scale.data<float>();
   call.groups = a.scale.size(0);
   call.bias = a.bias ? read_bias(*a.bias, bias) : nullptr;

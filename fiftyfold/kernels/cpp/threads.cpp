@@ -30,6 +30,8 @@ void use_threads(ParallelFor function, ThreadCount count) {
   parallel_for = function;
 }
 
+void compute_alone() { forked = true; }
+
 int thread_count() {
   uint32_t count = 1;
   if (!parallel_for || forked || count_threads(&count) != 0) return 1;

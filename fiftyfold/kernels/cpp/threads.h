@@ -14,6 +14,9 @@ void use_threads(ParallelFor parallel_for, ThreadCount count);
 // How many threads may work now: 1 in a process that was forked, whose copy of the pool has no threads.
 int thread_count();
 
+// From now on.
+void compute_alone();
+
 // Calls `function(0) ... function(tasks - 1)`, spread over the threads.
 void for_each_task(int64_t tasks, void (*function)(int64_t task, void* context), void* context);
 
