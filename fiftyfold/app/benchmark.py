@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.measure import Measurement as Width
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
 
-from fiftyfold.app.contenders import Contender, LeftOut, build_contenders
+from fiftyfold.app.contenders import Contender, LeftOut, build_contenders, check_lengths
 from fiftyfold.app.latency import LARGEST_BATCH, measure_latency
 from fiftyfold.errors import FiftyfoldError
 
@@ -63,13 +65,14 @@ def benchmark(
         output: a JSON file to write the figures to; must not exist.
     """
     sizes = [_parse(shape.strip()) for shape in shapes.split(",")]
-    if output is not None and Path(output).exists():
-        raise FiftyfoldError(f"{output} exists already; name another file.")
+    if output is not None:
+        _check_output(Path(output))
     if device == "cuda" and not torch.cuda.is_available():
         raise FiftyfoldError("torch finds no CUDA GPU here; leave --device out.")
+    if threads is not None and threads < 1:
+        raise FiftyfoldError(f"threads must be at least 1, not {threads}.")
+    check_lengths(folder, teacher, max(tokens for _, tokens in sizes))
     if threads is not None:
-        if threads < 1:
-            raise FiftyfoldError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
     measurements, left_out = measure(folder, teacher, sizes, device, compiled=compile)
     show(measurements, left_out, title=f"{folder}, {device}, {torch.get_num_threads()} threads")
@@ -94,25 +97,24 @@ def measure(
             (contenders if isinstance(built, Contender) else left_out).append(built)  # type: ignore[arg-type]
             progress.update(task, advance=1, description=f"built {built.name}")
         models = {contender.name: contender.model for contender in contenders}
+        entries = smallest_vocabulary(models.values())
         for size in sizes:
             progress.update(task, description=f"timing {size[0]} x {size[1]} tokens")
-            latencies[_name(size)] = measure_latency(models, random_batch(contenders[0].model, size, device))
+            latencies[_name(size)] = measure_latency(models, random_batch(entries, size, device))
             progress.advance(task)
     return [_measurement(contender, latencies, sizes) for contender in contenders], left_out
 
 
-def random_batch(model: Any, size: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
-    """Return sentences of random tokens without padding, the same every time.
+def smallest_vocabulary(models: Iterable[nn.Module]) -> int:
+    """Return how many tokens all models know: the exported one's vocabulary may have been trimmed."""
+    known = [model.config.get_text_config().vocab_size for model in models if isinstance(model, PreTrainedModel)]
+    return int(min(known))
 
-    Raises:
-        FiftyfoldError: if they are longer than the model takes.
-    """
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and size[1] > longest:
-        raise FiftyfoldError(f"the model takes at most {longest} tokens, not {size[1]}.")
+
+def random_batch(entries: int, size: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
+    """Return sentences of random tokens below ``entries`` without padding, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(int(config.vocab_size), size, generator=generator)
+    tokens = torch.randint(entries, size, generator=generator)
     return {"input_ids": tokens.to(device), "attention_mask": torch.ones_like(tokens).to(device)}
 
 
@@ -166,6 +168,14 @@ def _measurement(
     tokens = {_name(size): size[0] * size[1] for size in sizes}
     rates = {shape: 1000 * tokens[shape] / time for shape, time in times.items()}
     return Measurement(contender.name, contender.weight_bytes(), times, rates)
+
+
+def _check_output(file: Path) -> None:
+    """Refuse a place for the figures before they are measured, which takes minutes."""
+    if file.exists():
+        raise FiftyfoldError(f"{file} exists already; name another file.")
+    if not file.parent.is_dir():
+        raise FiftyfoldError(f"there is no folder {file.parent} to write {file.name} to.")
 
 
 def _parse(shape: str) -> tuple[int, int]:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.kernels.prepacked import prepacked_bytes
 from fiftyfold.modules import compile_model, load
+from fiftyfold.modules.packed.load import read_manifest
 from fiftyfold.modules.quantization.layers import remove_quantization
 
 INPUTS = ("input_ids", "attention_mask")
@@ -50,6 +51,25 @@ class LeftOut:
     reason: str
 
 
+def check_lengths(folder: str, teacher: str | None, longest: int) -> None:
+    """Refuse sentences that a model does not read, before it is built.
+
+    Args:
+        folder: as for :func:`build_contenders`.
+        teacher: likewise.
+        longest: tokens of the longest sentence.
+
+    Raises:
+        FiftyfoldError: if a folder cannot be opened, or its model reads less.
+    """
+    _, architecture = read_manifest(place := Path(folder).expanduser())
+    sources = ([str(place)] if architecture else []) + ([] if teacher is None else [teacher])
+    for source, config in [(source, _config(source)) for source in sources]:
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and longest > limit:
+            raise FiftyfoldError(f"the model {source} takes at most {limit} tokens, not {longest}.")
+
+
 def build_contenders(
     folder: str, teacher: str | None, device: str, *, compiled: bool = False
 ) -> Iterator[Contender | LeftOut]:
@@ -62,7 +82,8 @@ def build_contenders(
         compiled: whether to compile both too.
 
     Raises:
-        FiftyfoldError: if a folder cannot be opened, or the model does not read tokens.
+        FiftyfoldError: if a folder cannot be opened, the model does not read tokens, or the teacher is of another
+            architecture.
     """
     packed = _exported(folder)
     dense = _dense(folder) if teacher is None else _teacher(teacher, packed)
@@ -125,12 +146,31 @@ def _dense(folder: str) -> nn.Module:
 
 def _teacher(source: str, packed: PreTrainedModel) -> nn.Module:
     kind: Any = type(packed)
+    found, expected = _config(source).model_type, packed.config.model_type
+    if found != expected:
+        raise FiftyfoldError(
+            f"the teacher {source!r} is a {found!r} model, but the exported one is {expected!r}; name the model "
+            "that it replaces."
+        )
     try:
-        return kind.from_pretrained(source).float()  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+        model, loading = kind.from_pretrained(source, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
         raise FiftyfoldError(
             f"the teacher {source!r} cannot be opened as {kind.__name__}: {first_line(error)}"
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise FiftyfoldError(
+            f"the teacher {source!r} has no weights for {missing[0]!r}, which would be random ones; name a whole "
+            f"{kind.__name__}."
+        )
+    return model.float()  # type: ignore[no-any-return]
+
+
+def _config(source: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise FiftyfoldError(f"the model {source!r} cannot be opened: {first_line(error)}") from error
 
 
 def _dynamic_int8(dense: nn.Module) -> Contender | LeftOut:

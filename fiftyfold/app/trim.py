@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import transformers
 from rich.console import Console
@@ -41,7 +40,7 @@ def trim(
         model: a folder or a hub id; nothing in it may be compressed yet.
         output: folder to write; must not hold anything.
         data: with a task, the folder with its files, or the hub's GLUE if left out; without one, text: a file, a folder
-            with train and valid files, or a hub id.
+            with a train file, or a hub id; validation and test files in it are not looked at.
         task: GLUE task whose form the data have; leave it out for plain text.
         unlabelled: with a task, a file with more texts of its form.
         document_separator: for plain text, what stands between two documents of a .txt file.
@@ -57,7 +56,9 @@ def trim(
         raise FiftyfoldError("name the text (--data), or the task (--task) whose training set is the text.")
     else:
         sources = find_sources(data, separator=document_separator, column=text_column)
-        texts = partial(_documents, [source.read for source in sources.values()])
+        if "train" not in sources:
+            raise FiftyfoldError(f"{data} has no training text; name one of its files train, or give that file alone.")
+        texts = sources["train"].read
     opened = _open(model)
     with Console().status("finding the tokens that the texts need"):
         trimmed = trim_vocabulary(opened, tokenizer, texts)
@@ -71,10 +72,6 @@ def trim(
     )
 
 
-def _documents(readers: list[Callable[[], Iterable[str]]]) -> Iterable[str]:
-    return chain.from_iterable(read() for read in readers)
-
-
 def _open(source: str) -> PreTrainedModel:
     """Open a model as what it was saved as, in the precision that it was saved in."""
     place = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
@@ -82,10 +79,11 @@ def _open(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(place)
     except Exception as error:  # a configuration can make any part of transformers stumble
         raise FiftyfoldError(f"the model {source!r} cannot be read ({first_line(error)}).") from error
-    kind, dtype = getattr(transformers, (config.architectures or [""])[0], None), config.dtype
-    if kind is None:
+    kind, dtype = getattr(transformers, str((config.architectures or [None])[0]), None), config.dtype
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise FiftyfoldError(f"{source} does not name a class of transformers in its config.json (architectures).")
-    model, missing = open_pretrained(kind, source, role="model", kind=kind.__name__)
+    auto_class = SimpleNamespace(from_config=kind._from_config, from_pretrained=kind.from_pretrained)
+    model, missing = open_pretrained(auto_class, source, role="model", kind=kind.__name__)
     if missing:
         raise FiftyfoldError(f"the model {source!r} has no weights for {missing[0]!r}; its file is incomplete.")
     if has_packed_layers(model):

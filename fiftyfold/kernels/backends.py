@@ -42,7 +42,10 @@ _finding = threading.RLock()
 
 
 def register_backend(device_type: str, find: Callable[[], Backend | None]) -> None:
-    """Name what computes on a type of device; replaces what was named before.
+    """Name what computes on a type of device, in place of what was named for it before and not used yet.
+
+    What implements an operator for a device stays as long as the process. After a first use of a backend another one is
+    found all the same, and refused if it implements the same operators: by :func:`backend_for`, and so by the layers.
 
     Args:
         device_type: as in ``torch.device.type``: ``"cpu"``, ``"cuda"``, ….

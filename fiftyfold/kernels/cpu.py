@@ -112,16 +112,25 @@ def cpu_status() -> Status:
     if wanted not in ("auto", "prebuilt", "compiled", "torch"):
         raise FiftyfoldError(f"{SOURCE_VARIABLE} must be auto, prebuilt, compiled or torch, not {wanted!r}.")
     if wanted == "torch":
-        return Status(None, f"{SOURCE_VARIABLE} is torch")
+        return _without_library(f"{SOURCE_VARIABLE} is torch")
     try:
         library = _load(wanted)
-    except (FiftyfoldError, OSError) as error:
+    except FiftyfoldError as error:
         if wanted != "auto":
             raise FiftyfoldError(f"{SOURCE_VARIABLE} is {wanted}, but {error}.") from error
-        return Status(None, str(error))
+        return _without_library(str(error))
     if path := os.environ.get(PATH_VARIABLE):
         library.choose_path(path)
     return Status(library)
+
+
+def _without_library(reason: str) -> Status:
+    if path := os.environ.get(PATH_VARIABLE):
+        raise FiftyfoldError(
+            f"{PATH_VARIABLE} is {path}, but torch's own operations compute here ({reason}), which have no paths; "
+            "unset it."
+        )
+    return Status(None, reason)
 
 
 @functools.cache
@@ -137,18 +146,22 @@ def describe_status() -> str:
         return f"1- and 2-bit layers run on the {status.library.path()} kernels ({status.library.source})"
     return (
         f"1- and 2-bit layers run on torch's own operations ({status.reason}); that is several times slower than the "
-        "kernels and takes a byte for each weight: install g++, or a wheel of fiftyfold for this platform"
+        "kernels and takes a byte or more for each weight: install g++, or a wheel of fiftyfold for this platform"
     )
 
 
 def _load(wanted: str) -> CpuLibrary:
-    file = None if wanted == "compiled" else prebuilt_library()
-    source = "prebuilt"
-    if file is None:
-        if wanted == "prebuilt":
-            raise FiftyfoldError("this installation brings no library")
-        file, source = compiled_library(), "compiled"
-    return open_library(file, source)
+    """Load the prebuilt library or, where there is none that works, the compiled one; or the one that is wanted."""
+    reasons = []
+    for source, find in (("prebuilt", prebuilt_library), ("compiled", compiled_library)):
+        if wanted not in ("auto", source):
+            continue
+        try:
+            if (file := find()) is not None:
+                return open_library(file, source)
+        except (FiftyfoldError, OSError) as error:
+            reasons.append(str(error))
+    raise FiftyfoldError("; ".join(dict.fromkeys(reasons)) or "this installation brings no library")
 
 
 def open_library(file: Path, source: str) -> CpuLibrary:

@@ -133,24 +133,27 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         codes: int8, (outputs, inputs).
     """
     if not x.shape[0]:
-        return torch.zeros(0, len(codes), device=x.device)
+        return x.new_empty((0, len(codes)), dtype=torch.float32)
     # With one input, torch 2.13 misreads the strides on CPUs and gives wrong products.
     if x.device.type == "cpu" and x.shape[1] > 1 and int8_product_is_exact():
         return torch._int_mm(x, codes.t()).float()
     if x.device.type == "cuda" and not any(size % _CUDA_MULTIPLE for size in codes.shape):
         padded = F.pad(x, (0, 0, 0, max(0, _CUDA_ROWS - x.shape[0])))
         return torch._int_mm(padded, codes.t())[: x.shape[0]].float()
-    return x.float() @ codes.t().float()
+    # Autocast would round the codes to its type; it leaves a product alone whose output is given.
+    sums = x.new_empty((x.shape[0], codes.shape[0]), dtype=torch.float32)
+    return torch.mm(x.float(), codes.t().float(), out=sums)
 
 
 def check_linear(x: torch.Tensor, shape: Sequence[int], weight_scale: torch.Tensor, bits: int) -> None:
-    """Refuse an input or scales that do not fit a weight of ``shape``, (outputs, inputs).
+    """Refuse an input that is none, or that does not fit a weight of ``shape``, (outputs, inputs), and such scales.
 
     Raises:
         FiftyfoldError: as :func:`integer_linear`.
     """
     if len(shape) != 2:
         raise FiftyfoldError(f"weight codes must be a matrix, not of shape {tuple(shape)}.")
+    check_numbers(x)
     outputs, inputs = shape
     if x.dim() < 1 or x.shape[-1] != inputs:
         raise FiftyfoldError(f"the input has shape {tuple(x.shape)}, but the layer takes {inputs} features.")
@@ -162,6 +165,20 @@ def check_linear(x: torch.Tensor, shape: Sequence[int], weight_scale: torch.Tens
         )
     if inputs > largest_inputs(bits):
         raise FiftyfoldError(f"{inputs} inputs are more than the {largest_inputs(bits)} whose products int32 can sum.")
+
+
+def check_numbers(x: torch.Tensor) -> None:
+    """Refuse an input whose outputs could not be of its type, or that has no entries to read.
+
+    Raises:
+        FiftyfoldError: if it is not of a floating-point type, or not dense.
+    """
+    if not x.is_floating_point():
+        raise FiftyfoldError(
+            f"the input is of type {x.dtype}, but a layer takes floating-point numbers; use x.float()."
+        )
+    if x.layout != torch.strided:
+        raise FiftyfoldError(f"the input is laid out as {x.layout}, but a layer takes dense ones; use x.to_dense().")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 import fiftyfold.kernels.cpu  # noqa: F401 - registers its backend
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.backends import LIBRARY, PACKED_BITS, backend_for
-from fiftyfold.kernels.linear import integer_linear
+from fiftyfold.kernels.linear import check_numbers, integer_linear
 from fiftyfold.kernels.packing import unpack_rows
 
 LIBRARY.define(
@@ -89,6 +89,10 @@ def packed_linear(
 
     Returns:
         (…, outputs), of the type of ``x``.
+
+    Raises:
+        FiftyfoldError: if the input is not of a floating-point type, or not dense, or does not fit the weight; the
+            library of the CPU raises a RuntimeError for what does not fit.
     """
     if weight.dtype == torch.int8:  # torch's own operations, which a compiler sees through
         return integer_linear(
@@ -96,6 +100,7 @@ def packed_linear(
         )
     dtype = x.dtype
     if dtype not in FLOAT_TYPES:
+        check_numbers(x)
         x, bias = x.float(), None if bias is None else bias.float()
     result: torch.Tensor = _LINEAR(x, weight, scale, bias, bits, activation_bits, full_range, clip, largest)
     return result if result.dtype == dtype else result.to(dtype)
@@ -119,8 +124,9 @@ def packed_embedding(
 
     Raises:
         IndexError: if a number is not that of a row.
-        RuntimeError: from the library of the CPU, if a row has bytes that packing never writes; a FiftyfoldError
-            elsewhere. :func:`fiftyfold.kernels.packing.check_packed` tells before.
+        RuntimeError: from the library of the CPU, if a row has bytes that packing never writes; a FiftyfoldError from
+            torch's own operations. The kernels of a GPU, which would have to be waited for, read some code or other
+            from such a byte. :func:`fiftyfold.kernels.packing.check_packed` tells before.
     """
     operator = torch.ops.fiftyfold.unpacked_embedding
     if bits in PACKED_BITS and dtype in FLOAT_TYPES:
@@ -142,6 +148,7 @@ def _linear(
     clip: float | None = None,
     largest: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    check_numbers(x)  # of a sparse one no backend takes a call
     if weight.dtype != torch.int8:
         # A program that was exported elsewhere brings arranged weights before anything asked for the backend.
         if not _implemented_on(x.device.type) and backend_for(x.device.type) and _implemented_on(x.device.type):

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import fiftyfold
 from fiftyfold.app import contenders, latency
-from fiftyfold.app.benchmark import Measurement, show
+from fiftyfold.app.benchmark import Measurement, show, smallest_vocabulary
 from fiftyfold.app.contenders import INPUTS, Contender, LeftOut, build_contenders, resident_bytes
 from fiftyfold.app.main import main
 from fiftyfold.modules import quantize
@@ -159,6 +166,7 @@ def test_shared_tensors_count_once() -> None:
         (["small", "--shapes", "1x65"], "at most 64 tokens"),
         (["small", "--threads", "0"], "at least 1"),
         (["small", "--output", "teacher"], "exists already"),
+        (["small", "--output", "nowhere/figures.json"], "there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(
@@ -168,6 +176,44 @@ def test_what_cannot_be_measured_is_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fiftyfold: error: ")
     assert named in error
+
+
+def write_other_model(place: Path) -> None:
+    config = DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    DistilBertForSequenceClassification(config).save_pretrained(place)
+
+
+def write_model_without_a_head(place: Path) -> None:
+    BertModel.from_pretrained("teacher").save_pretrained(place)
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (write_other_model, "'other' is a 'distilbert' model, but the exported one is 'bert'"),
+        (write_model_without_a_head, "'other' has no weights for 'classifier."),
+    ],
+)
+def test_a_teacher_with_random_weights_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], write: Callable[[Path], None], named: str
+) -> None:
+    write(folder / "other")
+    assert main(["benchmark", "small", "--teacher", "other", "--shapes", "1x4"]) == 1
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["small"], ["small", "--teacher", "teacher"]])
+def test_what_is_too_long_is_refused_before_a_model_is_built(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(contenders, "load", None)
+    assert main(["benchmark", *words, "--shapes", "1x4,1x65"]) == 1
+    assert "takes at most 64 tokens, not 65" in capsys.readouterr().err
+
+
+def test_tokens_are_those_that_all_models_know(folder: Path) -> None:
+    models = [BertForSequenceClassification(BertConfig(vocab_size=size, num_hidden_layers=1)) for size in (90, 50)]
+    assert smallest_vocabulary([*models, torch.nn.Linear(1, 1)]) == 50
 
 
 def test_cuda_needs_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,17 @@
 
 #include "api.h"
 #include "threads.h"
+#include "training.h"
+
+using FfWeight = fiftyfold::WeightCall;
+extern "C" void ff_quantize_weight(const FfWeight* call);
+extern "C" void ff_dequantize(
+    const int8_t* codes, int64_t rows, int64_t columns, int64_t groups, int32_t per_tensor, const uint16_t* scale,
+    float* y);
+extern "C" uint64_t ff_checksum(const float* x, int64_t rows, int64_t columns);
+extern "C" void ff_fake_quantize_tokens(
+    const float* x, int64_t tokens, int64_t columns, int32_t bits, int32_t full_range, float clip, const float* largest,
+    float* y);
 
 namespace {
 
@@ -191,6 +202,79 @@ bool check_rows(int bits, int tokens, int outputs, int inputs, bool per_tensor) 
   return true;
 }
 
+bool check_table_linear(int bits, int tokens, int outputs, int inputs, bool biased) {
+  std::vector<int8_t> codes(static_cast<size_t>(outputs * inputs));
+  for (auto& code : codes) code = static_cast<int8_t>(bits == 1 ? pick(0, 1) * 2 - 1 : pick(-1, 1));
+  std::vector<uint8_t> weight(static_cast<size_t>(ff_tabled_bytes(outputs, inputs, bits)));
+  ff_arrange_for_tables(codes.data(), outputs, inputs, bits, weight.data());
+  std::vector<float> x(static_cast<size_t>(tokens * inputs)), y(static_cast<size_t>(tokens * outputs));
+  std::vector<float> scale(static_cast<size_t>(outputs)), bias(static_cast<size_t>(outputs));
+  for (auto& value : x) value = static_cast<float>(pick(-1000, 1000));
+  for (auto& value : scale) value = std::ldexp(1.0f, pick(-3, 3));  // sums are exact
+  for (auto& value : bias) value = static_cast<float>(pick(-100, 100));
+  ff_table_linear(x.data(), tokens, inputs, outputs, bits, weight.data(), scale.data(), biased ? bias.data() : nullptr,
+                  y.data());
+  for (int t = 0; t < tokens; t++) {
+    for (int n = 0; n < outputs; n++) {
+      float sum = 0;
+      for (int k = 0; k < inputs; k++) sum += x[t * inputs + k] * codes[n * inputs + k];
+      const float expected = sum * scale[n] + (biased ? bias[n] : 0.0f);
+      if (expected != y[t * outputs + n]) {
+        std::printf("%s: tables %d x %d x %d, %d bits, %u threads: %.9g, not %.9g\n", ff_path(), tokens, inputs, outputs,
+                    bits, threads, y[t * outputs + n], expected);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Weights whose magnitudes are powers of two, so that every sum is exact whatever its order.
+bool check_weight(int bits, int rows, int columns, int groups, bool per_tensor) {
+  if (per_tensor) groups = 1;
+  columns *= groups;
+  const size_t size = static_cast<size_t>(rows * columns);
+  std::vector<float> weight(size), y(size), again(size);
+  for (auto& value : weight) value = std::ldexp(pick(0, 1) ? 1.0f : -1.0f, pick(-3, 0));
+  std::vector<int8_t> codes(size);
+  std::vector<uint16_t> scale(static_cast<size_t>(per_tensor ? 1 : rows * groups));
+  FfWeight call{weight.data(), rows, columns, groups, per_tensor, bits, INFINITY, codes.data(), scale.data(), y.data()};
+  ff_quantize_weight(&call);
+  ff_dequantize(codes.data(), rows, columns, groups, per_tensor, scale.data(), again.data());
+  const uint64_t sum = ff_checksum(weight.data(), rows, columns);
+  const int part = columns / groups;
+  for (int i = 0; i < rows * columns; i++) {
+    const float unit = half_to_float(scale[static_cast<size_t>(per_tensor ? 0 : i / part)]);
+    const int most = bits <= 2 ? 1 : (1 << (bits - 1)) - 1;
+    const bool sign = bits == 2 || (codes[i] != 0 && (codes[i] > 0) == (weight[i] > 0)) || bits > 2;
+    if (!sign || std::abs(codes[i]) > most || y[i] != codes[i] * unit || again[i] != y[i]) {
+      std::printf("weight %d x %d, %d groups, %d bits: %d for %g\n", rows, columns, groups, bits, codes[i], weight[i]);
+      return false;
+    }
+  }
+  weight[static_cast<size_t>(pick(0, rows * columns - 1))] *= 2;
+  return ff_checksum(weight.data(), rows, columns) != sum;
+}
+
+bool check_tokens(int bits, int tokens, int columns, bool full_range, bool fixed) {
+  std::vector<float> x(static_cast<size_t>(tokens * columns)), y(x.size());
+  for (auto& value : x) value = static_cast<float>(pick(-1000, 1000)) * 0.0137f;
+  const float largest = 3.7f;
+  ff_fake_quantize_tokens(x.data(), tokens, columns, bits, full_range, INFINITY, fixed ? &largest : nullptr, y.data());
+  const float high = static_cast<float>((1 << (bits - 1)) - 1), low = -high - (full_range ? 1.0f : 0.0f);
+  for (int t = 0; t < tokens; t++) {
+    const float* row = x.data() + t * columns;
+    float magnitude = fixed ? largest : 0;
+    for (int k = 0; k < columns && !fixed; k++) magnitude = std::fmax(magnitude, std::fabs(row[k]));
+    const float divisor = std::fmax(magnitude / -low, 1.17549435e-38f);
+    for (int k = 0; k < columns; k++) {
+      const float expected = std::fmin(std::fmax(std::nearbyint(row[k] / divisor), low), high) * divisor;
+      if (y[t * columns + k] != expected) return std::printf("tokens %d: %g\n", columns, row[k]), false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -229,6 +313,10 @@ int main(int count, char** arguments) {
       threads = static_cast<uint32_t>(pick(1, 8));
       const int inputs = pick(0, 2) ? pick(0, 300) : pick(512, 900);
       failures += !check_rows(pick(1, 2), pick(1, 70), pick(1, 120), inputs, pick(0, 1));
+      failures += !check_table_linear(pick(1, 2), pick(1, 70), pick(0, 2) ? pick(1, 300) : 900, pick(1, 120), pick(0, 1));
+      const int widths[] = {1, 2, 3, 4, 8};
+      failures += !check_weight(widths[pick(0, 4)], pick(1, 40), pick(1, 60), pick(1, 3), i % 2);
+      failures += !check_tokens(pick(0, 1) ? 8 : 4, pick(1, 30), pick(1, 90), pick(0, 1), pick(0, 1));
     }
     std::printf("%s checked\n", ff_path());
   }

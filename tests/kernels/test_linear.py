@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels import linear
 from fiftyfold.kernels.linear import integer_linear, multiply_codes
+from fiftyfold.kernels.operators import arrange_weight, packed_linear
 from fiftyfold.modules.quantization.quantizers import dequantize_weight, fake_quantize_activation, quantize_weight
 from fiftyfold.modules.quantization.settings import ActivationSettings, WeightSettings
 
@@ -126,6 +127,39 @@ def test_the_float_path_is_used_where_int8_products_may_saturate(monkeypatch):
     x = torch.randint(-127, 128, (5, 40), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     codes, _, _ = layer(8)
     assert torch.equal(multiply_codes(x, codes).long(), exact_product(x, codes))
+
+
+@pytest.mark.parametrize("int8_is_exact", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_bit(dtype, bits, int8_is_exact, monkeypatch):
+    monkeypatch.setattr(linear, "int8_product_is_exact", lambda: int8_is_exact)
+    codes, scale, bias = layer(bits, inputs=2000)
+    x = torch.randn(3, 2000)
+    arranged, scales = arrange_weight(codes, scale.t(), bits)
+    with torch.no_grad():
+        expected = integer_linear(x, codes, scale, bias), packed_linear(x, arranged, scales, bias, bits=bits)
+        with torch.autocast("cpu", dtype):
+            found = integer_linear(x, codes, scale, bias), packed_linear(x, arranged, scales, bias, bits=bits)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.Tensor.long, r"torch\.int64, but a layer takes floating-point"),
+        (lambda x: x + 1j, r"torch\.complex64, but a layer takes floating-point"),
+        (torch.Tensor.bool, r"torch\.bool, but a layer takes floating-point"),
+        (torch.Tensor.to_sparse, r"torch\.sparse_coo, but a layer takes dense"),
+        (lambda x: x.double().to_sparse(), r"torch\.sparse_coo, but a layer takes dense"),
+    ],
+)
+def test_an_input_of_no_floating_point_type_or_a_sparse_one_is_refused(bits, change, message):
+    codes, scale, _ = layer(bits)
+    x = change(torch.eye(3, 40))
+    with pytest.raises(FiftyfoldError, match=message):
+        packed_linear(x, *arrange_weight(codes, scale.t(), bits), bits=bits)
 
 
 def test_what_does_not_fit_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,25 +66,30 @@ def test_arm_gives_the_same_sums(tmp_path):
     assert "neondot" not in run_driver(["qemu-aarch64", "-cpu", "cortex-a53", str(tmp_path / "driver")], 1)
 
 
-def test_it_is_compiled_once_and_again_when_a_source_changes(tmp_path, monkeypatch):
+def test_it_is_compiled_once_and_again_when_it_is_damaged_or_a_source_changes(tmp_path, monkeypatch):
     calls = []
 
     def compile_library(file, command, flags=build.FLAGS):
         calls.append(file)
-        file.write_bytes(b"")
+        file = file.with_stem(f"{file.stem}-{hashlib.sha256(b'whole').hexdigest()[:16]}")
+        file.write_bytes(b"whole")
+        return file
 
     monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(build, "compile_library", compile_library)
     host_compiler()
     assert compiled_library() == compiled_library()
     assert len(calls) == 1
+    compiled_library().write_bytes(b"who")
+    assert compiled_library().read_bytes() == b"whole"
+    assert len(calls) == 2
     sources = tmp_path / "sources"
     shutil.copytree(SOURCES, sources)
     (sources / "new.cpp").write_text("int x;\n")
     monkeypatch.setattr(build, "SOURCES", sources)
     compiled_library()
-    assert len(calls) == 2
-    assert calls[0] != calls[1]
+    assert len(calls) == 3
+    assert calls[1] != calls[2]
 
 
 @pytest.mark.parametrize("flags", ["--no-such-flag", "-Dint=@"])

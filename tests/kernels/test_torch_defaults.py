@@ -40,7 +40,8 @@ def train(layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     y = layer(x)
     y.backward(y.detach())
-    assert x.grad is not None and layer.weight.grad is not None
+    assert x.grad is not None
+    assert layer.weight.grad is not None
     return [y.detach(), x.grad, layer.weight.grad]
 
 

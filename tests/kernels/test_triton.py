@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels import triton as triton_kernels
 from fiftyfold.kernels.activations import symmetric_codes, symmetric_scale, token_magnitudes
 from fiftyfold.kernels.linear import integer_linear
@@ -19,7 +20,7 @@ from fiftyfold.kernels.packing import pack_codes, unpack_rows
 from fiftyfold.kernels.triton import linear
 from fiftyfold.kernels.triton.activations import fake_quantize_tokens, quantize_tokens
 from fiftyfold.kernels.triton.backend import BACKEND, arrange
-from fiftyfold.kernels.triton.planes import from_planes, to_planes
+from fiftyfold.kernels.triton.planes import arranged_bytes, from_planes, to_planes
 from fiftyfold.kernels.triton.weights import fake_quantize_weight
 from fiftyfold.modules.quantization.quantizers import (
     dequantize_weight,
@@ -176,6 +177,77 @@ def test_embedding(bits, dtype):
     tokens = torch.tensor([[0, 10, 3], [10, 10, 7]], device=DEVICE)
     found = BACKEND.embedding(tokens, packed, scale, bits, 261, dtype)
     assert torch.equal(found, (unpack_rows(packed, bits, tokens, 261) * scale.float()[tokens]).to(dtype))
+
+
+def linear_arguments(bits=2, outputs=8, inputs=256):
+    weight = arrange(codes_of(bits, outputs, inputs), bits, 1)
+    x, scale = torch.ones(2, inputs, device=DEVICE), torch.ones(1, outputs, device=DEVICE)
+    return {"x": x, "weight": weight, "scale": scale, "bias": None, "bits": bits}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("x", lambda x, inputs=inputs: x.new_ones(2, inputs)) for inputs in (1, 128, 200, 250, 255, 257, 300, 512)),
+        ("x", lambda x: x[0, 0]),
+        ("x", lambda x: x.long()),
+        ("weight", lambda weight: weight[:-1]),
+        ("weight", lambda weight: weight[: weight.numel() // 2].clone()),
+        ("weight", lambda weight: weight.view(torch.int8)),
+        ("scale", lambda scale: scale[:, :-1].contiguous()),
+        ("scale", lambda scale: scale.expand(2, -1).contiguous()),
+        ("scale", lambda scale: scale.half()),
+        ("scale", lambda scale: scale[0]),
+        ("bias", lambda _: torch.ones(3, device=DEVICE)),
+        ("bits", lambda bits: 3 - bits),
+        ("bits", lambda bits: 4),
+        ("largest", lambda _: torch.ones(2, device=DEVICE)),
+    ],
+)
+@pytest.mark.parametrize("bits", [1, 2])
+def test_a_weight_that_was_not_arranged_for_the_call_is_refused(bits, name, change):
+    arguments = linear_arguments(bits)
+    arguments[name] = change(arguments.get(name))
+    with pytest.raises(FiftyfoldError):
+        BACKEND.linear(**arguments)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("outputs", [1, 2, 7])
+def test_an_arranged_weight_tells_how_many_inputs_it_has(bits, outputs):
+    assert len({arranged_bytes(outputs, inputs, bits) for inputs in range(1, 2000)}) == 1999
+
+
+def test_a_bias_with_strides():
+    bias = torch.randn(8, 2, device=DEVICE)[:, 0]
+    arguments = linear_arguments() | {"bias": bias}
+    expected = BACKEND.linear(**arguments | {"bias": bias.clone()})
+    assert torch.equal(BACKEND.linear(**arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("packed", lambda packed: packed[:-1]),
+        ("packed", lambda packed: packed.view(torch.int8)),
+        ("packed", lambda packed: packed.view(1, -1)),
+        ("scale", lambda scale: scale[:-1]),
+        ("scale", lambda scale: scale[:, 0]),
+        ("columns", lambda columns: columns - 3),
+    ],
+)
+def test_packed_rows_of_a_wrong_length_are_refused(name, change):
+    arguments = {
+        "tokens": torch.tensor([0], device=DEVICE),
+        "packed": pack_codes(codes_of(2, 11, 13), 2),
+        "scale": torch.ones(11, 1, device=DEVICE).half(),
+        "bits": 2,
+        "columns": 13,
+        "dtype": torch.float32,
+    }
+    arguments[name] = change(arguments[name])
+    with pytest.raises(FiftyfoldError, match="do not fit an embedding"):
+        BACKEND.embedding(**arguments)
 
 
 def test_an_embedding_refuses_a_row_that_is_not_there():

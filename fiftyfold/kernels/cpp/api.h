@@ -44,6 +44,15 @@ FF_API void ff_multiply_rows(
     const float* rows, int64_t tokens, int64_t outputs, int64_t inputs, int32_t bits, const uint8_t* entries,
     const uint16_t* scale, int32_t per_tensor, float* y);
 
+// The same for a layer whose inputs are not quantized: its codes (outputs x inputs) are arranged once, and scales are
+// float32, one for each output.
+FF_API int64_t ff_tabled_bytes(int64_t outputs, int64_t inputs, int32_t bits);
+FF_API void ff_arrange_for_tables(
+    const int8_t* codes, int64_t outputs, int64_t inputs, int32_t bits, uint8_t* to);
+FF_API void ff_table_linear(
+    const float* x, int64_t tokens, int64_t inputs, int64_t outputs, int32_t bits, const uint8_t* weight,
+    const float* scale, const float* bias, float* y);
+
 // 0, or 1 if a number is not that of a row, or 2 if a byte is none that packing writes.
 FF_API int32_t ff_embedding(const FfEmbedding* call);
 

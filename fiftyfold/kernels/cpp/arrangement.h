@@ -51,11 +51,15 @@ struct Arrangement {
 
 // What the last block holds.
 struct Label {
+  enum Kind : int32_t { kBlocks, kPlanes, kTables };  // the last is the entries of tables, see tables.cpp
+
   int64_t outputs, inputs, groups;
-  int32_t bits, planes;
+  int32_t bits, kind;
   uint8_t unused[kBlockBytes - 32];
 
-  static Label of(const Arrangement& a) { return {a.outputs, a.inputs, a.groups, a.bits, a.planes, {}}; }
+  static Label of(const Arrangement& a) {
+    return {a.outputs, a.inputs, a.groups, a.bits, a.planes ? kPlanes : kBlocks, {}};
+  }
 
   // Of an arrangement of at least a block.
   static Label read(const uint8_t* arranged, int64_t bytes) {

@@ -212,7 +212,7 @@ void ff_arrange(const int8_t* codes, int64_t outputs, int64_t inputs, int64_t gr
 }
 
 int32_t ff_is_in_planes(const uint8_t* arranged, int64_t bytes) {
-  return fiftyfold::Label::read(arranged, bytes).planes;
+  return fiftyfold::Label::read(arranged, bytes).kind == fiftyfold::Label::kPlanes;
 }
 
 void ff_linear(const FfLinear* call) { fiftyfold::Linear(*call).run(); }

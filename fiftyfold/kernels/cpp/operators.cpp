@@ -79,7 +79,8 @@ void check_linear(const LinearArguments& a) {
               a.weight.numel() == expected.bytes(),
           kNotArranged);
   const Label label = Label::read(a.weight.data<uint8_t>(), a.weight.numel());
-  require(label.outputs == outputs && label.inputs == inputs && label.groups == groups && label.bits == a.bits,
+  require(label.outputs == outputs && label.inputs == inputs && label.groups == groups && label.bits == a.bits &&
+              label.kind != Label::kTables,
           kNotArranged);
   require(!a.bias || (a.bias->dim() == 1 && a.bias->size(0) == outputs),
           "packed_linear: the bias must have one entry for each output");
@@ -151,6 +152,64 @@ Tensor linear(const LinearArguments& a) {
 
 void linear_operator(StableValue* stack, uint64_t, uint64_t) {
   stack[0] = reinterpret_cast<StableValue>(linear(LinearArguments(Arguments(stack))).release());
+}
+
+struct TableArguments {
+  Tensor x, weight, scale;
+  std::optional<Tensor> bias;
+  int64_t bits;
+
+  explicit TableArguments(Arguments from)
+      : x(from.tensor()),
+        weight(from.tensor()),
+        scale(from.tensor()),
+        bias(optional_tensor(from)),
+        bits(from.integer()) {}
+};
+
+void check_table_linear(const TableArguments& a) {
+  constexpr char kOther[] = "table_linear: the weight was not arranged for an input of this width and these scales";
+  require(a.bits == 1 || a.bits == 2, "table_linear: weights must have 1 or 2 bits");
+  require(a.x.dim() >= 1, "table_linear: the input must have a dimension");
+  require(a.scale.dim() == 1 && a.scale.type() == shim.aoti_torch_dtype_float32() && a.scale.is_contiguous(),
+          "table_linear: scales must be a contiguous float32 vector");
+  const int64_t inputs = a.x.size(a.x.dim() - 1), outputs = a.scale.size(0);
+  require(a.weight.type() == shim.aoti_torch_dtype_uint8() && a.weight.dim() == 1 && a.weight.is_contiguous() &&
+              a.weight.numel() == ff_tabled_bytes(outputs, inputs, static_cast<int32_t>(a.bits)),
+          kOther);
+  const Label label = Label::read(a.weight.data<uint8_t>(), a.weight.numel());
+  require(label.outputs == outputs && label.inputs == inputs && label.bits == a.bits && label.kind == Label::kTables,
+          kOther);
+  require(!a.bias || (a.bias->dim() == 1 && a.bias->size(0) == outputs),
+          "table_linear: the bias must have one entry for each output");
+}
+
+Tensor table_linear(const TableArguments& a) {
+  check_table_linear(a);
+  const FloatType type = float_type(a.x.type(), "table_linear: the input must be float32, bfloat16 or float16");
+  std::vector<int64_t> sizes(a.x.sizes(), a.x.sizes() + a.x.dim());
+  const int64_t inputs = sizes.back(), outputs = sizes.back() = a.scale.size(0);
+  Tensor y = Tensor::empty(sizes.data(), a.x.dim(), a.x.type());
+  std::optional<Tensor> copy;
+  if (!a.x.is_contiguous()) copy.emplace(a.x.contiguous(size_of(type)));
+  const void* x = (copy ? *copy : a.x).data<void>();
+  const int64_t tokens = outputs ? y.numel() / outputs : 0;
+  const bool converts = type != FloatType::float32;
+  std::vector<float> rows, values, bias;
+  if (converts) {
+    rows.resize(static_cast<size_t>(tokens * inputs));
+    values.resize(static_cast<size_t>(tokens * outputs));
+    read_floats(x, type, tokens * inputs, rows.data());
+  }
+  ff_table_linear(converts ? rows.data() : static_cast<const float*>(x), tokens, inputs, outputs,
+                  static_cast<int32_t>(a.bits), a.weight.data<uint8_t>(), a.scale.data<float>(),
+                  a.bias ? read_bias(*a.bias, bias) : nullptr, converts ? values.data() : y.data<float>());
+  if (converts) write_floats(values.data(), tokens * outputs, type, y.data<uint16_t>());
+  return y;
+}
+
+void table_linear_operator(StableValue* stack, uint64_t, uint64_t) {
+  stack[0] = reinterpret_cast<StableValue>(table_linear(TableArguments(Arguments(stack))).release());
 }
 
 struct EmbeddingArguments {
@@ -233,5 +292,6 @@ int32_t ff_register_operators() {
   int32_t failed = shim.aoti_torch_library_init_impl("fiftyfold", "CPU", __FILE__, __LINE__, &library);
   if (!failed) failed = shim.aoti_torch_library_impl(library, "packed_linear", linear_operator);
   if (!failed) failed = shim.aoti_torch_library_impl(library, "packed_embedding", embedding_operator);
+  if (!failed) failed = shim.aoti_torch_library_impl(library, "table_linear", table_linear_operator);
   return failed;
 }

@@ -241,10 +241,10 @@ FF_AVX2 static int64_t spin(int64_t rounds) {
 #undef FF_AVX2
 
 #if FF_VNNI
-static const Path kPath{"avxvnni", kTokens, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
+static const Path kPath{"avxvnni", 32, kTokens, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
 #else
 static const Path kPath{
-    "avx2", kTokens, quantize, {multiply_binary, multiply<2>}, spin, kTableProducts, lookups::avx2::tabulate,
+    "avx2", 32, kTokens, quantize, {multiply_binary, multiply<2>}, spin, kTableProducts, lookups::avx2::tabulate,
     lookups::avx2::table_bytes};
 #endif
 

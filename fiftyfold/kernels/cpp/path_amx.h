@@ -172,7 +172,7 @@ static int64_t spin(int64_t rounds) {
 #undef FF_AMX
 
 static const Path kPath{
-    "amx", kTokensAtOnce, avx512::quantize, {multiply<1>, multiply<2>}, spin, avx512::kTableProducts};
+    "amx", 64, kTokensAtOnce, avx512::quantize, {multiply<1>, multiply<2>}, spin, avx512::kTableProducts};
 
 }  // namespace amx
 }  // namespace fiftyfold

@@ -323,7 +323,7 @@ FF_AVX512 static int64_t spin(int64_t rounds) {
 
 #undef FF_AVX512
 
-static const Path kPath{"avx512", 96, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
+static const Path kPath{"avx512", 64, 96, quantize, {multiply<1>, multiply<2>}, spin, kTableProducts};
 
 }  // namespace avx512
 }  // namespace fiftyfold

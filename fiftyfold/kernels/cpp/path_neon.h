@@ -105,10 +105,10 @@ FF_DEFINE_TABLE_PRODUCTS(FF_NEON, EightFloats)
 #undef FF_NEON
 
 #if FF_DOT
-static const Path kPath{"neondot", kTokens, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
+static const Path kPath{"neondot", 16, kTokens, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
 #else
 static const Path kPath{
-    "neon", kTokens, quantize, {multiply_binary, multiply<2>}, nullptr, kTableProducts,
+    "neon", 16, kTokens, quantize, {multiply_binary, multiply<2>}, nullptr, kTableProducts,
     lookups::neon::tabulate, lookups::neon::table_bytes};
 #endif
 

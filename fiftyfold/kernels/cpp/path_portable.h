@@ -46,7 +46,7 @@ FF_DEFINE_QUANTIZE(, Codes)
 
 FF_DEFINE_TABLE_PRODUCTS(, EightFloats)
 
-static const Path kPath{"portable", 96, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
+static const Path kPath{"portable", 16, 96, quantize, {multiply<1>, multiply<2>}, nullptr, kTableProducts};
 
 }  // namespace portable
 }  // namespace fiftyfold

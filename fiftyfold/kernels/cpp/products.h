@@ -108,6 +108,7 @@ static FF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // What a processor computes with: one for each instruction set.
 struct Path {
   const char* name;
+  int vector_bytes;
   int64_t tokens_at_once;  // that stay in the first caches beside a unit's weights
   void (*quantize)(const Grid&, const float* x, int64_t groups, int64_t group_inputs, int64_t group_padded,
                    int8_t* codes, float* scale, int32_t* sums);

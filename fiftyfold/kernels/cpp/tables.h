@@ -1,4 +1,5 @@
-// Rows of float32 times a weight of 1 or 2 bits, by tables: the product that takes gradients back through a layer.
+// Rows of float32 times a weight of 1 or 2 bits, by tables: the product that takes gradients back through a layer, and
+// that of a layer whose inputs are not quantized.
 //
 // Few codes have few sums: a table holds, for some neighbouring outputs, what any codes of theirs make of a row's
 // entries. An addition then stands for as many products as a table has outputs. Lanes are rows, so the order of
@@ -17,9 +18,11 @@ struct RowsCall {
   const uint16_t* scale;   // float16, one for each output, or one
   int32_t per_tensor, bits;
   float* y;  // tokens x inputs
+  const float* factor = nullptr;  // of each column of y, or null
+  const float* bias = nullptr;    // added to each, after that, or null
 };
 
-constexpr int kRows = 32;  // at once
+constexpr int kManyRows = 32, kFewRows = 8;  // at once
 
 // Vectors may be read and written where there are floats.
 typedef float EightFloats __attribute__((vector_size(32)));
@@ -27,7 +30,7 @@ typedef float SixteenFloats __attribute__((vector_size(64)));
 typedef float UnalignedFloats __attribute__((vector_size(32), aligned(4)));
 typedef int32_t EightNumbers __attribute__((vector_size(32)));
 
-template <typename Floats>
+template <int kRows, typename Floats>
 constexpr int kVectors = kRows * sizeof(float) / sizeof(Floats);
 
 #ifdef __clang__
@@ -65,7 +68,6 @@ struct Tables {
   static constexpr int kOutputs = kBits == 1 ? 4 : 3;    // that a table stands for
   static constexpr int kEntries = kBits == 1 ? 16 : 27;  // of a table: kDigits to the power of kOutputs
   static constexpr int kTables = kBits == 1 ? 12 : 8;    // of a group, which takes 24 or 27 KiB
-  static constexpr int kSize = kEntries * kRows;         // floats of a table
   static constexpr int kGroupOutputs = kTables * kOutputs;
   static float code(int digit) { return static_cast<float>(kBits == 1 ? 2 * digit - 1 : digit - 1); }
   static int64_t groups(int64_t outputs) { return (outputs + kGroupOutputs - 1) / kGroupOutputs; }
@@ -73,14 +75,14 @@ struct Tables {
 
 // The rows and inputs whose products one thread computes at once.
 struct Piece {
-  int64_t first_row, rows;  // at most kRows
+  int64_t first_row, rows;  // at most kManyRows
   int64_t first_input, inputs;
 };
 
 // Bytes of a piece's scratch memory.
 inline int64_t rows_scratch(int64_t inputs) {
-  constexpr int binary = Tables<1>::kTables * Tables<1>::kSize, ternary = Tables<2>::kTables * Tables<2>::kSize;
-  return (inputs * kRows + (binary > ternary ? binary : ternary)) * 4;
+  constexpr int binary = Tables<1>::kTables * Tables<1>::kEntries, ternary = Tables<2>::kTables * Tables<2>::kEntries;
+  return (inputs + (binary > ternary ? binary : ternary)) * kManyRows * 4;
 }
 
 // Which entries of a group's tables each input's codes are; outputs that are not there count as the lowest code.
@@ -109,7 +111,7 @@ static FF_INLINE void find_entries(
 }
 
 // The entries of some rows for a group's outputs, scaled and transposed; zeros for what is not there.
-template <int kBits>
+template <int kBits, int kRows>
 static FF_INLINE void read_rows(const RowsCall& call, const Piece& piece, int64_t group, float* values) {
   using T = Tables<kBits>;
   const int64_t begin = group * T::kGroupOutputs, left = call.outputs - begin;
@@ -136,38 +138,49 @@ static FF_INLINE void read_rows(const RowsCall& call, const Piece& piece, int64_
 }
 
 // Writes some rows' sums, which lie transposed.
+template <int kRows>
 static FF_INLINE void write_rows(const RowsCall& call, const Piece& piece, const float* sums) {
   float* y = call.y + piece.first_row * call.inputs + piece.first_input;
+  const float* factor = call.factor ? call.factor + piece.first_input : nullptr;
+  const float* bias = call.bias ? call.bias + piece.first_input : nullptr;
   const int64_t whole = piece.rows == kRows ? piece.inputs / 8 * 8 : 0;
   for (int64_t i = 0; i < whole; i += 8) {
     for (int64_t t = 0; t < kRows; t += 8) {
       EightFloats block[8];
       for (int k = 0; k < 8; k++) block[k] = *reinterpret_cast<const EightFloats*>(sums + (i + k) * kRows + t);
       transpose(block);
-      for (int k = 0; k < 8; k++) *reinterpret_cast<UnalignedFloats*>(y + (t + k) * call.inputs + i) = block[k];
+      for (int k = 0; k < 8; k++) {
+        EightFloats value = block[k];
+        if (factor) value *= *reinterpret_cast<const UnalignedFloats*>(factor + i);
+        if (bias) value += *reinterpret_cast<const UnalignedFloats*>(bias + i);
+        *reinterpret_cast<UnalignedFloats*>(y + (t + k) * call.inputs + i) = value;
+      }
     }
   }
   for (int64_t i = whole; i < piece.inputs; i++) {
-    for (int64_t t = 0; t < piece.rows; t++) y[t * call.inputs + i] = sums[i * kRows + t];
+    for (int64_t t = 0; t < piece.rows; t++) {
+      const float value = factor ? sums[i * kRows + t] * factor[i] : sums[i * kRows + t];
+      y[t * call.inputs + i] = bias ? value + bias[i] : value;
+    }
   }
 }
 
 // Multiplies by all codes, 0 as well, so that what is not finite shows as it does in a product.
-template <int kBits, typename Floats>
+template <int kBits, int kRows, typename Floats>
 static FF_INLINE void fill_table(const float* values, float* table) {
   using T = Tables<kBits>;
   Floats* to = reinterpret_cast<Floats*>(table);
-  for (int v = 0; v < kVectors<Floats>; v++) to[v] = Floats{};
+  for (int v = 0; v < kVectors<kRows, Floats>; v++) to[v] = Floats{};
   int filled = 1;
 #pragma GCC unroll 4
   for (int i = 0; i < T::kOutputs; i++, filled *= T::kDigits) {
     const Floats* value = reinterpret_cast<const Floats*>(values + i * kRows);
     for (int entry = 0; entry < filled; entry++) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors<Floats>; v++) {
-        const Floats from = to[entry * kVectors<Floats> + v], added = value[v];
+      for (int v = 0; v < kVectors<kRows, Floats>; v++) {
+        const Floats from = to[entry * kVectors<kRows, Floats> + v], added = value[v];
         for (int digit = 0; digit < T::kDigits; digit++) {
-          to[(entry + digit * filled) * kVectors<Floats> + v] = from + T::code(digit) * added;
+          to[(entry + digit * filled) * kVectors<kRows, Floats> + v] = from + T::code(digit) * added;
         }
       }
     }
@@ -175,52 +188,61 @@ static FF_INLINE void fill_table(const float* values, float* table) {
 }
 
 // Adds to the sums of kInputs neighbouring inputs what a group's tables hold for their codes.
-template <int kBits, typename Floats, int kInputs>
+template <int kBits, int kRows, typename Floats, int kInputs>
 static FF_INLINE void add_entries(const float* tables, const uint8_t* entries, float* sums) {
   using T = Tables<kBits>;
   Floats* to = reinterpret_cast<Floats*>(sums);
-  Floats sum[kInputs][kVectors<Floats>];
+  Floats sum[kInputs][kVectors<kRows, Floats>];
   for (int k = 0; k < kInputs; k++) {
-    for (int v = 0; v < kVectors<Floats>; v++) sum[k][v] = to[k * kVectors<Floats> + v];
+    for (int v = 0; v < kVectors<kRows, Floats>; v++) sum[k][v] = to[k * kVectors<kRows, Floats> + v];
   }
 #pragma GCC unroll 12
   for (int table = 0; table < T::kTables; table++) {
     for (int k = 0; k < kInputs; k++) {
       const size_t place = static_cast<size_t>(entries[k * T::kTables + table]) * kRows;
-      const Floats* entry = reinterpret_cast<const Floats*>(tables + table * T::kSize + place);
-      for (int v = 0; v < kVectors<Floats>; v++) sum[k][v] += entry[v];
+      const Floats* entry = reinterpret_cast<const Floats*>(tables + table * T::kEntries * kRows + place);
+      for (int v = 0; v < kVectors<kRows, Floats>; v++) sum[k][v] += entry[v];
       // Otherwise the compiler finds all addresses first, and has no registers to keep them in.
       asm volatile("" ::: "memory");
     }
   }
   for (int k = 0; k < kInputs; k++) {
-    for (int v = 0; v < kVectors<Floats>; v++) to[k * kVectors<Floats> + v] = sum[k][v];
+    for (int v = 0; v < kVectors<kRows, Floats>; v++) to[k * kVectors<kRows, Floats> + v] = sum[k][v];
   }
 }
 
-// Computes a piece; `scratch` holds the bytes that rows_scratch tells.
-template <int kBits, typename Floats>
-static FF_INLINE void multiply_rows(const RowsCall& call, const Piece& piece, float* scratch) {
+template <int kBits, int kRows, typename Floats>
+static FF_INLINE void multiply_piece(const RowsCall& call, const Piece& piece, float* scratch) {
   using T = Tables<kBits>;
   // Whose sums hide how long an addition takes, and fit into all registers but SSE's.
-  constexpr int kInputs = 12 / kVectors<Floats>;
+  constexpr int kInputs = 12 / kVectors<kRows, Floats>;
   alignas(64) float values[T::kGroupOutputs * kRows];
   float* sums = scratch;
   float* tables = scratch + piece.inputs * kRows;
   std::memset(sums, 0, static_cast<size_t>(piece.inputs) * kRows * sizeof(float));
   for (int64_t group = 0; group < T::groups(call.outputs); group++) {
-    read_rows<kBits>(call, piece, group, values);
+    read_rows<kBits, kRows>(call, piece, group, values);
     for (int table = 0; table < T::kTables; table++) {
-      fill_table<kBits, Floats>(values + table * T::kOutputs * kRows, tables + table * T::kSize);
+      const float* from = values + table * T::kOutputs * kRows;
+      fill_table<kBits, kRows, Floats>(from, tables + table * T::kEntries * kRows);
     }
     const uint8_t* entries = call.entries + (group * call.inputs + piece.first_input) * T::kTables;
     int64_t k = 0;
     for (; k + kInputs <= piece.inputs; k += kInputs) {
-      add_entries<kBits, Floats, kInputs>(tables, entries + k * T::kTables, sums + k * kRows);
+      add_entries<kBits, kRows, Floats, kInputs>(tables, entries + k * T::kTables, sums + k * kRows);
     }
-    for (; k < piece.inputs; k++) add_entries<kBits, Floats, 1>(tables, entries + k * T::kTables, sums + k * kRows);
+    for (; k < piece.inputs; k++) {
+      add_entries<kBits, kRows, Floats, 1>(tables, entries + k * T::kTables, sums + k * kRows);
+    }
   }
-  write_rows(call, piece, sums);
+  write_rows<kRows>(call, piece, sums);
+}
+
+// Computes a piece; `scratch` holds the bytes that rows_scratch tells. Sums of few rows are those of many, bit for bit.
+template <int kBits, typename Floats>
+static FF_INLINE void multiply_rows(const RowsCall& call, const Piece& piece, float* scratch) {
+  if (piece.rows <= kFewRows) multiply_piece<kBits, kFewRows, EightFloats>(call, piece, scratch);
+  else multiply_piece<kBits, kManyRows, Floats>(call, piece, scratch);
 }
 
 // What an instruction set compiles of it; by bits, less one.

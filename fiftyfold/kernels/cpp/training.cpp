@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "api.h"
+#include "paths.h"
 #include "threads.h"
 
 namespace fiftyfold {
@@ -62,25 +63,19 @@ struct Steps {
   }
 
 FF_STEPS(portable, )
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FF_EMULATED)
 FF_STEPS(avx2, __attribute__((target("avx2,f16c"))))
 FF_STEPS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512"))))
 #endif
 #undef FF_STEPS
 
 const Steps& steps() {
-#if defined(__x86_64__)
-  static const Steps& chosen = [&]() -> const Steps& {
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide) return avx512::kSteps;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? avx2::kSteps : portable::kSteps;
-  }();
-  return chosen;
-#else
-  return portable::kSteps;
+#if defined(__x86_64__) && !defined(FF_EMULATED)
+  const int bytes = current_path().vector_bytes;
+  if (bytes == 64) return avx512::kSteps;
+  if (bytes == 32) return avx2::kSteps;
 #endif
+  return portable::kSteps;
 }
 
 // Spreads rows over the threads in pieces of about kTaskEntries entries.

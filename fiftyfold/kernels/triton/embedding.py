@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels.packing import packed_bytes
+
 _CHUNK = 256
 
 
@@ -50,7 +53,8 @@ def packed_embedding(
 ) -> torch.Tensor:
     """Implement ``fiftyfold::packed_embedding``, see :mod:`fiftyfold.kernels.operators`.
 
-    A number that is not that of a row stops the GPU with an assertion, as torch's own embedding does.
+    A number that is not that of a row stops the GPU with an assertion, as torch's own embedding does. The bytes are not
+    looked at, which would take waiting for the GPU: :func:`fiftyfold.kernels.packing.check_packed` does it, once.
 
     Args:
         tokens: row numbers, any shape, int32 or int64.
@@ -62,13 +66,23 @@ def packed_embedding(
 
     Returns:
         (…, columns).
+
+    Raises:
+        FiftyfoldError: if the bytes are not those of so many rows and columns.
     """
+    rows = scale.numel()
+    if scale.shape != (rows, 1) or packed.dtype != torch.uint8 or packed.shape != (packed_bytes(rows * columns, bits),):
+        raise FiftyfoldError(
+            f"{packed.dtype} codes of shape {tuple(packed.shape)} and scales of shape {tuple(scale.shape)} do not fit "
+            f"an embedding of {columns} columns with {bits} bits."
+        )
     y = packed.new_empty((*tokens.shape, columns), dtype=dtype)
     if y.numel():
-        torch._assert_async(((tokens >= 0) & (tokens < len(scale))).all())
+        torch._assert_async(((tokens >= 0) & (tokens < rows)).all())
         grid = (tokens.numel(), triton.cdiv(columns, _CHUNK))
         with torch.cuda.device_of(packed):
             _embedding_kernel[grid](
-                tokens.contiguous(), packed, scale, y, columns, packed.numel(), BITS=bits, CHUNK=_CHUNK, num_warps=2
-            )
+                tokens.contiguous(), packed.contiguous(), scale.contiguous(), y, columns, packed.numel(), BITS=bits,
+                CHUNK=_CHUNK, num_warps=2,
+            )  # fmt: skip
     return y

@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fiftyfold.kernels.linear import integer_linear
+from fiftyfold.errors import FiftyfoldError
+from fiftyfold.kernels.linear import check_linear, integer_linear
 from fiftyfold.kernels.triton.activations import QuantizedTokens, quantize_tokens
 from fiftyfold.kernels.triton.early_start import early_options, gdc_launch_dependents, gdc_wait
-from fiftyfold.kernels.triton.planes import BLOCK, from_planes
+from fiftyfold.kernels.triton.planes import BLOCK, arranged_planes, from_planes
 from fiftyfold.kernels.triton.sums import rescaled
 from fiftyfold.kernels.triton.tokens import MOST_TOKENS, multiply_tokens
 
@@ -129,8 +130,8 @@ def packed_linear(
 
     Args:
         x: (…, inputs), any floating-point type.
-        weight: what :func:`~fiftyfold.kernels.triton.planes.to_planes` returned, flat.
-        scale: float32, (1, outputs).
+        weight: what :func:`~fiftyfold.kernels.triton.planes.arrange_planes` returned.
+        scale: float32, (1, outputs), contiguous.
         bias: (outputs,) or none.
         bits: 1 (binary) or 2 (ternary).
         activation_bits: of the input's symmetric grid; 16 are multiplied by torch's own operations.
@@ -140,17 +141,38 @@ def packed_linear(
 
     Returns:
         (…, outputs), of the type of ``x``.
+
+    Raises:
+        FiftyfoldError: if the shapes do not fit, or the weight was not arranged for them.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    planes = weight.view(scale.shape[1], -1)
+    outputs, inputs = scale.shape[-1], x.shape[-1] if x.dim() else 0
+    check_linear(x, (outputs, inputs), scale, activation_bits)
+    planes = arranged_planes(weight, outputs, inputs, bits)
+    _check_factors(scale, bias, largest)
+    rows = x.reshape(-1, inputs)
     if activation_bits > 8:  # codes that int8 does not hold
-        codes = from_planes(planes, bits, x.shape[-1])
+        codes = from_planes(planes, bits, inputs)
         return integer_linear(x, codes, scale, bias, bits=activation_bits, clip=clip, largest=largest)
+    bias = None if bias is None else bias.contiguous()
     multiply = multiply_tokens if len(rows) <= MOST_TOKENS else multiply_planes
     with torch.cuda.device_of(x):
         quantized = quantize_tokens(rows, bits=activation_bits, full_range=full_range, clip=clip, largest=largest)
         y = multiply(quantized, planes, scale, bias, weight_bits=bits, dtype=x.dtype)
-    return y.view(*x.shape[:-1], scale.shape[1])
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _check_factors(scale: torch.Tensor, bias: torch.Tensor | None, largest: torch.Tensor | None) -> None:
+    """Refuse what a kernel would read beyond its end, or as other numbers."""
+    outputs = scale.shape[1]
+    if len(scale) != 1 or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise FiftyfoldError(
+            f"a weight in planes takes contiguous float32 scales of shape (1, {outputs}), not {scale.dtype} ones of "
+            f"shape {tuple(scale.shape)}; use arrange_weight."
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise FiftyfoldError(f"the bias has shape {tuple(bias.shape)}, but the layer has {outputs} outputs.")
+    if largest is not None and largest.numel() != 1:
+        raise FiftyfoldError(f"the largest magnitude must be one number, not {largest.numel()}.")
 
 
 @dataclass(frozen=True)

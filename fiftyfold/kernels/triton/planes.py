@@ -5,11 +5,15 @@ with ``bits`` bits a weight and ``8 // bits`` planes, bit ``bits * plane`` of by
 ``i + plane * bytes`` of the block. A shift and a mask turn a tile of bytes into the weights of consecutive inputs: no
 gather, no interleaving. Weights are stored as ``(code + 1) / 2`` (binary) and ``code + 1`` (ternary); what fills up the
 last block meets inputs that are 0.
+
+An *arranged* weight is that in one row, followed by an unused byte for each input: so its length tells how many inputs
+it has, and a kernel that was called with others can be refused without waiting for the GPU.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from fiftyfold.errors import FiftyfoldError
 
@@ -28,6 +32,33 @@ def block_bytes(bits: int) -> int:
 def padded_inputs(inputs: int) -> int:
     """Return the inputs of whole blocks."""
     return -(-inputs // BLOCK) * BLOCK
+
+
+def arranged_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """Return the length of an arranged weight, which no other number of inputs has."""
+    return outputs * _row_bytes(inputs, bits) + inputs
+
+
+def arrange_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return codes (outputs, inputs), int8, as an arranged weight: uint8, one-dimensional.
+
+    Raises:
+        FiftyfoldError: if there is no such layout for ``bits``.
+    """
+    return F.pad(to_planes(codes, bits).flatten(), (0, codes.shape[1]))
+
+
+def arranged_planes(weight: torch.Tensor, outputs: int, inputs: int, bits: int) -> torch.Tensor:
+    """Return what :func:`to_planes` returned for an arranged weight, without a copy.
+
+    Raises:
+        FiftyfoldError: if the weight is not one of these sizes.
+    """
+    size = arranged_bytes(outputs, inputs, bits) if bits in PLANE_BITS else -1
+    if weight.dtype != torch.uint8 or weight.shape != (size,) or not weight.is_contiguous():
+        raise FiftyfoldError("the weight was not arranged for this input, these scales and these bits on a GPU.")
+    row = _row_bytes(inputs, bits)
+    return weight.as_strided((outputs, row), (row, 1))
 
 
 def to_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -62,3 +93,7 @@ def from_planes(packed: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     stored = ((blocks >> shifts) & (2**bits - 1)).view(len(packed), -1)[:, :inputs].to(torch.int8)
     codes: torch.Tensor = stored * 2 - 1 if bits == 1 else stored - 1
     return codes
+
+
+def _row_bytes(inputs: int, bits: int) -> int:
+    return padded_inputs(inputs) * bits // 8

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fiftyfold.kernels.backends import backend_for
+from fiftyfold.kernels.backends import PACKED_BITS, backend_for
 from fiftyfold.kernels.linear import largest_inputs
-from fiftyfold.kernels.operators import arrange_weight, packed_embedding
+from fiftyfold.kernels.operators import FLOAT_TYPES, arrange_weight, packed_embedding
 from fiftyfold.kernels.packing import check_packed, packed_bytes, unpack_codes
 from fiftyfold.kernels.path import current_path
+from fiftyfold.kernels.table_linear import arrange_for_tables, has_tables, table_linear
 from fiftyfold.modules.quantization.integer_product import multiply_integers
 from fiftyfold.modules.quantization.layers import RANGE_BUFFERS
 from fiftyfold.modules.quantization.quantizers import (
@@ -61,6 +62,7 @@ class PackedLayer(nn.Module):
         self.settings = settings
         self._codes: torch.Tensor | None = None
         self._arranged: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tabled: tuple[torch.Tensor, torch.Tensor] | None = None
         content = torch.empty(packed_bytes(rows * columns, settings.weight.bits), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(content, requires_grad=False)
         scales = scale_shape((rows, columns), settings.weight)
@@ -104,6 +106,18 @@ class PackedLayer(nn.Module):
             self._arranged = arrange_weight(codes, self.weight_scale, self.settings.weight.bits)
         return self._arranged
 
+    def tabled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight and its scales as products by tables read them; kept for the next call.
+
+        Raises:
+            FiftyfoldError: if the bytes are none that packing writes.
+        """
+        if self._tabled is None:
+            codes = self.unpacked() if self._codes is None else self._codes
+            scale = self.weight_scale.float().expand(self.rows, 1).flatten().contiguous()
+            self._tabled = arrange_for_tables(codes, self.settings.weight.bits), scale
+        return self._tabled
+
     def prepare(self) -> None:
         """Do now what the first call would do for its device: compile kernels, arrange the weight for them."""
 
@@ -125,8 +139,8 @@ class PackedLayer(nn.Module):
         return f"{self.columns}, {self.rows}, weight={self.settings.weight}, activation={self.settings.activation}"
 
     def forget_codes(self) -> None:
-        """Drop what :meth:`codes` and :meth:`arranged` kept."""
-        self._codes = self._arranged = None
+        """Drop what :meth:`codes`, :meth:`arranged` and :meth:`tabled` kept."""
+        self._codes = self._arranged = self._tabled = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_codes": None, "_arranged": None}
@@ -143,7 +157,7 @@ class PackedLayer(nn.Module):
         stored = {
             name: tensor for name, tensor in self._buffers.items() if tensor is not None and name in STORED_BUFFERS
         }
-        prepared = self._arranged is not None
+        prepared = self._arranged is not None or self._tabled is not None
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
@@ -195,24 +209,41 @@ class PackedLinear(PackedLayer):
         """
         if self.takes_integers(x):
             return multiply_integers(x, self.arranged(), self.bias, self.settings, self._largest_input(x))
-        return F.linear(self.quantize_input(x), self.dense_weight(x.dtype), self.bias)
+        x = self.quantize_input(x)
+        if self._takes_tables(x):
+            return table_linear(x, *self.tabled(), self.bias, bits=self.settings.weight.bits)
+        return F.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def prepare(self) -> None:
         """Do now what the first call would do for its device: compile kernels, arrange the weight for them."""
         settings = self.settings.activation
         if current_path() == "integer" and settings is not None and settings.symmetric:
             self.arranged()
+        elif self._has_tables(self.weight.device):
+            self.tabled()
         else:
             self.codes()
 
     def takes_integers(self, x: torch.Tensor) -> bool:
         """Tell whether the layer computes an input in integers, and not by fake quantization."""
         settings = self.settings.activation
-        if settings is None or not settings.symmetric or current_path() == "reference":
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+        if settings is None or not settings.symmetric or current_path() == "reference" or self._has_gradient(x):
             return False
         return x.numel() > 0 and self.columns <= largest_inputs(settings.bits)
+
+    def _takes_tables(self, x: torch.Tensor) -> bool:
+        """Tell whether the layer multiplies an input, which stays in floating point, by tables."""
+        if x.numel() == 0 or x.dtype not in FLOAT_TYPES or self._has_gradient(x):
+            return False
+        return self._tabled is not None if torch.compiler.is_compiling() else self._has_tables(x.device)
+
+    def _has_tables(self, device: torch.device) -> bool:
+        shared = self.weight_scale.shape[1] == 1 and self.settings.weight.bits in PACKED_BITS
+        return shared and device.type == "cpu" and current_path() == "integer" and has_tables()
+
+    def _has_gradient(self, x: torch.Tensor) -> bool:
+        bias = self.bias is not None and self.bias.requires_grad
+        return torch.is_grad_enabled() and (x.requires_grad or bias)
 
     def _largest_input(self, x: torch.Tensor) -> torch.Tensor | None:
         settings = self.settings.activation

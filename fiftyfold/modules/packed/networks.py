@@ -47,7 +47,7 @@ class PackedNetworkLayer(PackedLayer, TensorNetworkLayer):
         self.rows, self.columns = form.shape
         self.form, self.settings = form, settings
         self._break_even = break_even(form)
-        self._codes = self._arranged = None
+        self._codes = self._arranged = self._tabled = None
         self.keeps_merged = True
         content = torch.empty(sum(self._byte_counts()), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(content, requires_grad=False)

@@ -10,8 +10,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiftyfold.errors import FiftyfoldError
+from fiftyfold.modules.structure import structure_log
 
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+_SIZES = {"num_embeddings", "out_features"}
+_TOKEN_SEQUENCES = ("bad_words_ids", "force_words_ids", "sequence_bias")
 
 
 def check_embedding(model: PreTrainedModel) -> nn.Embedding:
@@ -22,21 +25,24 @@ def check_embedding(model: PreTrainedModel) -> nn.Embedding:
     """
     config: Any = model.config
     name = type(model).__name__
-    if config.is_encoder_decoder or model.main_input_name != "input_ids":
+    if structure_log(model):
+        raise FiftyfoldError(f"{name} is compressed already; trim its vocabulary first, and compress it then.")
+    if config.is_encoder_decoder or config.get_text_config() is not config or model.main_input_name != "input_ids":
         raise FiftyfoldError(f"the vocabulary of {name} cannot be trimmed: it is no plain encoder or decoder.")
     embedding = model.get_input_embeddings()
-    if type(embedding) is not nn.Embedding:
-        raise FiftyfoldError(
-            f"the embedding of {name} is a {type(embedding).__name__}; trim the vocabulary before compressing anything."
-        )
+    if not isinstance(embedding, nn.Embedding):
+        raise FiftyfoldError(f"the vocabulary of {name} cannot be trimmed: its embedding is no nn.Embedding.")
+    for option in _TOKEN_SEQUENCES:
+        if getattr(getattr(model, "generation_config", None), option, None):
+            raise FiftyfoldError(
+                f"the generation_config of {name} has {option}, which would name other tokens; set it to None first."
+            )
     return embedding
 
 
 def configured_tokens(model: PreTrainedModel) -> set[int]:
     """Return the token numbers that a model's configurations name, such as that of padding."""
-    rows = check_embedding(model).num_embeddings
-    found = [number for _, _, value in _configured(model) for number in _as_list(value)]
-    return {number for number in found if 0 <= number < rows}
+    return {number for _, _, value in _configured(model) for number in _as_list(value)}
 
 
 class Changes:
@@ -73,27 +79,30 @@ def keep_rows(model: PreTrainedModel, numbers: Mapping[int, int]) -> Changes:
     head = model.get_output_embeddings()
     whole = [embedding.weight, getattr(head, "weight", None), getattr(head, "bias", None)]
     # One for each, so that what was tied stays tied.
-    fewer = {id(part): nn.Parameter(part.detach()[kept], part.requires_grad) for part in whole if part is not None}
+    fewer = {
+        id(part): nn.Parameter(part.detach()[kept], part.requires_grad)
+        for part in whole
+        if part is not None and len(part) == rows
+    }
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in fewer:
                 changes.set(module, name, fewer[id(parameter)])
+                for size in _SIZES.intersection(vars(module)):
+                    changes.set(module, size, count)
         if getattr(module, "vocab_size", None) == rows:
             changes.set(module, "vocab_size", count)
-    changes.set(embedding, "num_embeddings", count)
     padding = embedding.padding_idx
     changes.set(embedding, "padding_idx", None if padding is None else numbers.get(padding))
-    if isinstance(head, nn.Linear):
-        changes.set(head, "out_features", count)
     for config, name, value in list(_configured(model)):
         changes.set(config, name, _renumbered(value, numbers))
-    changes.set(model.config.get_text_config(), "vocab_size", count)
+    changes.set(model.config, "vocab_size", count)
     return changes
 
 
 def _renumbered(value: int | list[int], numbers: Mapping[int, int]) -> int | list[int] | None:
     if isinstance(value, list):
-        return [numbers[number] for number in value if number in numbers]
+        return [numbers[number] for number in value if number in numbers] or None
     return value if value < 0 else numbers.get(value)
 
 
@@ -110,8 +119,6 @@ def _check_positions(model: PreTrainedModel, numbers: Mapping[int, int]) -> None
 def _configured(model: PreTrainedModel) -> Iterator[tuple[Any, str, int | list[int]]]:
     """Yield the configurations' token numbers: where they stand, under which name, and what they are."""
     configs: list[PretrainedConfig | Any] = [model.config]
-    if (text := model.config.get_text_config()) is not model.config:
-        configs.append(text)
     if getattr(model, "generation_config", None) is not None:
         configs.append(model.generation_config)
     for config in configs:

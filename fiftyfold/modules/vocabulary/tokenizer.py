@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fiftyfold.modules.vocabulary.tokens import encode_texts, merges_of, needed_
 
 DEFINITION_FILE = "tokenizer.json"
 _KEPT_FILES = {DEFINITION_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+_SET_LATER = ("name_or_path", "padding_side", "truncation_side")  # which transformers does not save
 _KINDS = ("WordPiece", "BPE", "Unigram", "WordLevel")
 
 
@@ -36,6 +38,21 @@ def read_definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return definition
 
 
+def named_tokens(definition: Mapping[str, Any]) -> set[int]:
+    """Return the tokens that a definition names by their numbers, or cannot do without: the unknown one is such.
+
+    So is Unigram's least likely token: unknown characters are a step less likely than that.
+    """
+    model, padding = definition["model"], definition.get("padding")
+    found = {*_numbers_in(definition.get("post_processor")), padding and padding["pad_id"]}
+    if model["type"] == "Unigram":
+        scores = [score for _, score in model["vocab"]]
+        found |= {model.get("unk_id"), scores.index(min(scores))}
+    else:
+        found.add(model["vocab"].get(model.get("unk_token")))
+    return found - {None}
+
+
 def trimmed_tokenizer(
     tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], numbers: Mapping[int, int]
 ) -> PreTrainedTokenizerBase:
@@ -53,7 +70,7 @@ def trimmed_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in Path(folder).iterdir():
-            if file.name not in _KEPT_FILES:
+            if file.is_file() and file.name not in _KEPT_FILES:
                 file.unlink()  # the whole vocabulary in an older form, which would be read in place of ours
         content = json.dumps(_trimmed(definition, numbers), ensure_ascii=False)
         (Path(folder) / DEFINITION_FILE).write_text(content, encoding="utf-8")
@@ -63,7 +80,8 @@ def trimmed_tokenizer(
             raise FiftyfoldError(
                 f"{type(tokenizer).__name__} cannot be trimmed ({first_line(error)[:200]}); keep its whole vocabulary."
             ) from error
-    trimmed.name_or_path = tokenizer.name_or_path
+    for name in _SET_LATER:
+        setattr(trimmed, name, getattr(tokenizer, name))
     if trimmed.get_vocab() != expected:
         raise FiftyfoldError(
             f"{type(tokenizer).__name__} numbers its tokens in a way of its own; keep its whole vocabulary."
@@ -76,19 +94,25 @@ def check_trimmed(
     trimmed: PreTrainedTokenizerBase,
     numbers: Mapping[int, int],
     texts: Iterable[str],
-    again: Iterable[str],
-) -> None:
-    """Compare what two tokenizers make of every text, which is given twice.
+) -> int:
+    """Compare what two tokenizers make of every text.
+
+    Returns:
+        The number of texts.
 
     Raises:
         FiftyfoldError: if that differs.
     """
-    for whole, other in zip(encode_texts(tokenizer, texts), encode_texts(trimmed, again), strict=True):
+    count, (one, two) = 0, tee(texts)
+    pairs = zip(encode_texts(tokenizer, one), encode_texts(trimmed, two), strict=True)
+    for whole, other in pairs:
+        count += 1
         if [numbers.get(number) for number in whole] != other:
             shown = tokenizer.decode(whole, skip_special_tokens=True)[:60]
             raise FiftyfoldError(
                 f"{type(tokenizer).__name__} would cut {shown!r} otherwise with fewer tokens; keep all of them."
             )
+    return count
 
 
 def _trimmed(definition: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
@@ -112,15 +136,28 @@ def _trimmed(definition: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[
     }
 
 
+def _numbers_in(part: Any) -> Iterator[int]:
+    """Yield the numbers of a post-processor: those of a template's ``ids``, or of pairs of a token and its number."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            yield from value if key == "ids" else _numbers_in(value)
+    elif isinstance(part, list):
+        yield from part[1:] if _is_token(part) else chain.from_iterable(map(_numbers_in, part))
+
+
+def _is_token(pair: list[Any]) -> bool:
+    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)
+
+
 def _renumbered(part: Any, numbers: Mapping[int, int]) -> Any:
-    """Return a post-processor with new numbers: a template's ``ids``, or pairs of a token and its number."""
+    """Return a post-processor with new numbers in the places of :func:`_numbers_in`."""
     if isinstance(part, dict):
         return {
             key: [numbers[number] for number in value] if key == "ids" else _renumbered(value, numbers)
             for key, value in part.items()
         }
     if isinstance(part, list):
-        if len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], int):
+        if _is_token(part):
             return [part[0], numbers[part[1]]]
         return [_renumbered(value, numbers) for value in part]
     return part

@@ -6,12 +6,13 @@ import copy
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 _TEXTS_AT_ONCE = 1000
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 Pair = tuple[str, str]
@@ -25,34 +26,30 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> It
         yield from tokenizer(batch, truncation=False, padding=False, verbose=False)["input_ids"]
 
 
-def needed_tokens(tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], texts: Iterable[str]) -> set[int]:
-    """Return the tokens that cut the texts as before, and other texts into smaller pieces rather than unknown ones.
+def needed_tokens(tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], wanted: Iterable[int]) -> set[int]:
+    """Return the tokens that cut texts as before, and other texts into smaller pieces rather than unknown ones.
 
-    These are the texts' own; special and added ones; the characters that the texts have or ASCII has, and all bytes
-    where a tokenizer knows bytes; and what merging the kept ones passes through.
+    These are the wanted ones; special and added ones; the characters that the wanted ones have or ASCII has, and all
+    bytes where a tokenizer knows bytes; and what merging the kept ones passes through.
 
     Args:
         tokenizer: a fast one.
         definition: its ``tokenizer.json``.
-        texts: what it must cut as before.
+        wanted: the texts' tokens, and others that must stay; numbers that are no token's are passed over.
     """
     names: dict[str, int] = tokenizer.get_vocab()
     by_number = {number: name for name, number in names.items()}
-    used = set(chain.from_iterable(encode_texts(tokenizer, texts)))
+    used = by_number.keys() & wanted
     kept = used | {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    if (unknown := definition["model"].get("unk_token")) in names:
-        kept.add(names[unknown])
-    if (number := definition["model"].get("unk_id")) is not None:
-        kept.add(number)
     characters = set(string.printable).union(*(by_number[number] for number in used))
-    prefix = definition["model"].get("continuing_subword_prefix") or ""
+    prefix, suffix = (definition["model"].get(name) or "" for name in _AFFIXES)
     all_bytes = _cuts_into_bytes(definition)
     for name, number in names.items():
-        piece = name.removeprefix(prefix)
+        piece = name.removeprefix(prefix).removesuffix(suffix)
         if _BYTE_TOKEN.fullmatch(name) or (len(piece) == 1 and (all_bytes or piece in characters)):
             kept.add(number)
     for left, right in needed_merges(definition, (by_number[number] for number in kept)):
-        kept.update(names[part] for part in (left, right, left + right))
+        kept.update(names[part] for part in (left, right, left + right) if part in names)
     return kept
 
 
@@ -60,8 +57,11 @@ def needed_merges(definition: Mapping[str, Any], tokens: Iterable[str]) -> set[P
     """Return the merges of pairs by which byte-pair encoding makes these tokens; other kinds have none."""
     ranks = {pair: rank for rank, pair in enumerate(merges_of(definition))}
     needed: set[Pair] = set()
+    suffix = definition["model"].get("end_of_word_suffix") or ""
     for token in tokens if ranks else ():
-        pieces = list(token)
+        pieces = list(token.removesuffix(suffix))
+        if pieces and token.endswith(suffix):
+            pieces[-1] += suffix
         while found := [(ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in ranks]:
             place = min(found)[1]
             needed.add((pieces[place], pieces[place + 1]))

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.path import current_path, use_path
+from fiftyfold.kernels.table_linear import has_tables
 from fiftyfold.modules.packed import layers
 from fiftyfold.modules.packed.contents import pack_layer, packed_entry
 from fiftyfold.modules.packed.layers import PackedLayer
@@ -103,6 +104,42 @@ def test_the_integer_path_agrees_within_its_tolerance(rows, inputs, outputs, bit
         weight = packed.dense_weight().abs()
         bound = 1e-5 * (x.abs() @ weight.t() + (0 if packed.bias is None else packed.bias.abs())) + 1e-30
         assert bool(((packed(x) - trained(x)).abs() <= bound).all())
+
+
+@pytest.mark.skipif(not has_tables(), reason="there is no library for this processor")
+@pytest.mark.parametrize("activation", [None, ActivationSettings(symmetric=False)], ids=str)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_inputs_that_are_no_integers_are_multiplied_by_tables(kind, bits, granularity, activation):
+    trained, packed = pair(linear_layer(kind, 50, 30), LayerSettings(weights(bits, granularity), activation))
+    packed.forget_codes()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 7, 50)
+    with torch.no_grad():
+        expected = trained(x)
+        assert torch.allclose(packed(x), expected, atol=1e-5)
+        assert packed._tabled is not None
+        assert packed._codes is None  # nothing is held but what the product reads
+        assert torch.equal(compiled(x), packed(x))
+        packed.to(torch.bfloat16)
+        assert packed._tabled is not None
+        assert torch.allclose(packed(x.bfloat16()).float(), expected, atol=0.05)
+
+
+@pytest.mark.skipif(not has_tables(), reason="there is no library for this processor")
+def test_products_by_tables_see_new_bytes_and_leave_gradients_alone():
+    chosen = LayerSettings(weights(2, "per_channel"))
+    (_, packed), (_, other) = pair(nn.Linear(50, 30), chosen), pair(nn.Linear(50, 30), chosen)
+    x = torch.randn(3, 50)
+    with torch.no_grad():
+        before = packed(x)
+        packed.load_state_dict(other.state_dict())
+        assert torch.equal(packed(x), other(x))
+        assert not torch.equal(packed(x), before)
+    with_gradient = x.clone().requires_grad_()
+    packed(with_gradient).sum().backward()
+    assert torch.allclose(with_gradient.grad, packed.dense_weight().sum(0).expand(3, -1), atol=1e-5)
 
 
 def test_the_integer_path_is_the_default_and_the_choice_can_be_undone(monkeypatch):
