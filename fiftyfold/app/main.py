@@ -11,8 +11,8 @@ from fiftyfold.errors import FiftyfoldError
 TRAINER_COMMANDS = {
     "fit": "train a teacher or a student from a YAML recipe",
     "validate": "score a model on the development set",
-    "test": "score a model on the test set",
-    "predict": "write predictions",
+    "test": "score a model on the test set; without labels there, on the development set, and says so",
+    "predict": "write predictions for the test set; where there is none, for the development set, and says so",
 }
 """Commands that Lightning's own command line carries out."""
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
+from fiftyfold.app.predictions import FILE_NAME, PredictionWriter
 from fiftyfold.app.remembered import read_checkpoint, remembered_model
 from fiftyfold.app.typed_settings import TypedSettings
 
@@ -34,6 +36,8 @@ from fiftyfold.datamodules import GLUEDataModule, LanguageModelingDataModule
 from fiftyfold.errors import FiftyfoldError, first_line
 from fiftyfold.kernels.float_products import use_fast_float_products
 from fiftyfold.modules import DistillationModule, FineTuningModule, HealingModule, LanguageModelingModule
+from fiftyfold.modules.task_module import TaskModule
+from fiftyfold.modules.text_module import TextModule
 
 _ONE_FILE = (SingleDeviceStrategy, DDPStrategy)
 
@@ -65,6 +69,18 @@ class TrainerCLI(LightningCLI):
     """LightningCLI in which what is typed wins over what a checkpoint remembers, and which keeps random states."""
 
     config: Any
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--predictions",
+                type=str | None,
+                help=f"the file to write, tab-separated: index and prediction; by default {FILE_NAME} in the run's "
+                "folder",
+            )
+        return parser
 
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -101,6 +117,25 @@ class TrainerCLI(LightningCLI):
         if self._resumes:
             trainer.callbacks.append(TypedSettings(optimizer=self._differs))
         return trainer
+
+    def before_predict(self) -> None:
+        """Let what is predicted be written; LightningCLI calls this before the Trainer's ``predict``.
+
+        Raises:
+            FiftyfoldError: if nobody would write anything.
+        """
+        if isinstance(self.model, TextModule):
+            raise FiftyfoldError(
+                "predict writes the labels that a classifier gives, and a language model gives none; score it with "
+                "fiftyfold validate or evaluate, or export it and generate text with transformers."
+            )
+        if isinstance(self.model, TaskModule):
+            self.trainer.callbacks.append(PredictionWriter(self._get(self.config_init, "predictions")))
+        elif not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):
+            raise FiftyfoldError(
+                f"nobody would write what {type(self.model).__name__} predicts; add a callback to the trainer that "
+                "does, a BasePredictionWriter."
+            )
 
 
 def run_trainer_command(words: list[str]) -> None:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiftyfold.datamodules.glue_files import Rows, find_files, read_file, rows_from_records
@@ -159,6 +160,8 @@ class GLUEDataModule(LightningDataModule):
             FiftyfoldError: if a file is missing or wrong.
         """
         sources = self._find_sources()
+        if sources.keys().isdisjoint(self.task.train_splits):
+            raise self._lack("train")
         for split in (*self.task.train_splits, _UNLABELLED):
             if split in sources:
                 yield from chain.from_iterable(sources[split][1]().texts)
@@ -196,22 +199,35 @@ class GLUEDataModule(LightningDataModule):
 
     def test_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
         """Return the loader of the labelled test set, or of the development set."""
-        splits = self._labelled_test_splits() or self._loaded(self.task.validation_splits)
+        splits = self._labelled_test_splits()
         if not splits:
-            raise FiftyfoldError(f"This copy of {self.task.name} has no labels to test with; use predict instead.")
+            splits = self._loaded(self.task.validation_splits)
+            if not splits:
+                raise FiftyfoldError(f"This copy of {self.task.name} has no labels to test with; use predict instead.")
+            rank_zero_warn(
+                f"This copy of {self.task.name} has no test set with labels: what is called test is the development "
+                "set."
+            )
         return self._evaluation_loaders(splits, sort=True)
 
     def predict_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
         """Return the loader of the test set, or of the development set, in the order of its file."""
-        splits = self._loaded(self.task.test_splits) or self._loaded(self.task.validation_splits)
-        return self._evaluation_loaders(splits, sort=False)
+        if not self._loaded(self.task.test_splits):
+            rank_zero_warn(f"This copy of {self.task.name} has no test set: the development set is predicted.")
+        return self._evaluation_loaders(self.predicted_splits, sort=False)
+
+    @property
+    def predicted_splits(self) -> tuple[str, ...]:
+        """The splits of :meth:`predict_dataloader`, in its order."""
+        return self._loaded(self.task.test_splits) or self._loaded(self.task.validation_splits)
 
     def _load_all(self, splits: tuple[str, ...], name: str) -> None:
         if not splits or not self._load_some(splits):
-            where = self.data or HUB_DATASET
-            raise FiftyfoldError(
-                f"{where} has no {name} set for {self.task.name}; add its file or choose another task."
-            )
+            raise self._lack(name)
+
+    def _lack(self, name: str) -> FiftyfoldError:
+        where = self.data or HUB_DATASET
+        return FiftyfoldError(f"{where} has no {name} set for {self.task.name}; add its file or choose another task.")
 
     def _load_validation(self) -> None:
         self._load_all(self.task.validation_splits, "development")

@@ -12,6 +12,7 @@ Where gradients are asked for, a layer takes the reference path.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +144,18 @@ class PackedLayer(nn.Module):
         self._codes = self._arranged = self._tabled = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_codes": None, "_arranged": None}
+        return {**self.__dict__, "_codes": None, "_arranged": None, "_tabled": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        """Return a copy that is as ready as this layer, since ``torch.compile`` can make nothing ready."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self._is_prepared():
+            copied.prepare()
+        return copied
+
+    def _is_prepared(self) -> bool:
+        return self._arranged is not None or self._tabled is not None
 
     def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> list[torch.Tensor]:
         """Return the observed range; a layer that observed nothing takes that of ``x``, as it does untrained."""
@@ -157,7 +169,7 @@ class PackedLayer(nn.Module):
         stored = {
             name: tensor for name, tensor in self._buffers.items() if tensor is not None and name in STORED_BUFFERS
         }
-        prepared = self._arranged is not None or self._tabled is not None
+        prepared = self._is_prepared()
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from fiftyfold.modules.packed.skeleton import (
     share_tied_tensors,
 )
 from fiftyfold.modules.packed.weights_file import DIGEST_KEY, TensorHeader, check_digest, digest, read_headers
+from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.structure import adopt_log
+from fiftyfold.modules.tensor_network.layers import network_layers
 
 METHOD = "fiftyfold"
 """Value of ``quant_method`` in the configuration of an exported folder."""
@@ -124,11 +128,32 @@ class FiftyfoldQuantizer(HfQuantizer):
 
 
 def register_plugin() -> None:
-    """Make the plug-in known to transformers. Doing it again changes nothing."""
+    """Make the plug-in known to transformers, and its ``save_pretrained`` careful. Doing it again changes nothing."""
+    if PreTrainedModel.save_pretrained.__module__ != __name__:
+        PreTrainedModel.save_pretrained = _careful(PreTrainedModel.save_pretrained)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(FiftyfoldConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(FiftyfoldQuantizer)
+
+
+def _careful(save: Callable[..., None]) -> Callable[..., None]:
+    """Return a ``save_pretrained`` that refuses what would come back as another model, without a word.
+
+    Latent weights are all that transformers sees of a quantized layer, and it knows no tensor networks.
+    """
+
+    @functools.wraps(save, assigned=("__doc__", "__name__", "__qualname__", "__annotations__"))
+    def save_pretrained(self: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+        changed = [name for name, _ in itertools.chain(quantized_layers(self), network_layers(self))]
+        if changed and not isinstance(getattr(self, "hf_quantizer", None), FiftyfoldQuantizer):
+            raise FiftyfoldError(
+                f"save_pretrained would write {changed[0]!r} and others without their quantizers or networks, and "
+                f"{type(self).__name__} would come back as another model; use fiftyfold.export(model, folder)."
+            )
+        save(self, *arguments, **options)
+
+    return save_pretrained
 
 
 def _is_exported_class(model: PreTrainedModel) -> bool:

@@ -217,6 +217,17 @@ def test_copies_and_pickles_compute_the_same_and_carry_no_remembered_codes():
     assert torch.equal(pickle.loads(pickle.dumps(packed))(x), expected)
 
 
+@pytest.mark.parametrize("activation", [ActivationSettings(), None], ids=str)
+def test_a_copy_of_a_layer_that_is_ready_can_be_compiled(activation):
+    _, packed = pair(nn.Linear(64, 64), LayerSettings(WeightSettings(), activation))
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = packed(x)
+        copied = copy.deepcopy(nn.Sequential(packed))
+        compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+
+
 def test_an_embedding_that_renormalizes_cannot_be_packed():
     layer = nn.Embedding(5, 4, max_norm=1.0)
     activate(layer, LayerSettings(weights(1, "per_channel")))

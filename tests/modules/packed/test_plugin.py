@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from transformers import (
 import fiftyfold
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.path import use_path
-from fiftyfold.modules import export, load, quantize, reduce_layers
+from fiftyfold.modules import export, load, quantize, reduce_layers, tensorize
 from fiftyfold.modules.packed.contents import round_rest
 from fiftyfold.modules.packed.layers import PackedLayer
 from fiftyfold.modules.packed.plugin import register_plugin
@@ -293,6 +294,21 @@ def test_a_trainable_model_is_no_longer_packed_for_transformers(folder, tmp_path
         "quantize",
         "quantize",
     ]
+
+
+@pytest.mark.parametrize("change", [partial(quantize, weight_bits=2), partial(tensorize, keep=0.3)])
+def test_transformers_saves_nothing_that_would_come_back_as_another_model(tmp_path, change):
+    model = tiny_causal("llama")
+    model.save_pretrained(tmp_path / "plain")
+    change(model)
+    with pytest.raises(FiftyfoldError, match=r"use fiftyfold\.export"):
+        model.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
+    export(model, tmp_path / "out")
+    load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    trained = load(tmp_path / "again", trainable=True)
+    with pytest.raises(FiftyfoldError, match=r"use fiftyfold\.export"):
+        trained.save_pretrained(tmp_path / "changed")
 
 
 def test_making_it_trainable_draws_no_random_numbers(folder):
