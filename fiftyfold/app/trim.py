@@ -79,6 +79,7 @@ def _open(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(place)
     except Exception as error:  # a configuration can make any part of transformers stumble
         raise FiftyfoldError(f"the model {source!r} cannot be read ({first_line(error)}).") from error
+    kind: type[PreTrainedModel] | None
     kind, dtype = getattr(transformers, str((config.architectures or [None])[0]), None), config.dtype
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise FiftyfoldError(f"{source} does not name a class of transformers in its config.json (architectures).")

@@ -52,7 +52,7 @@ class GLUEDataModule(LightningDataModule):
 
     ``validate`` reads the development set. GLUE keeps its test labels to itself: ``test`` reads the test set if your
     copy has labels, else the development set; ``predict`` reads the test set if there is one, else the development
-    set.
+    set. A warning says so where it is the development set.
 
     Args:
         task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte``, ``wnli``, or ``ax`` (the
@@ -199,15 +199,14 @@ class GLUEDataModule(LightningDataModule):
 
     def test_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
         """Return the loader of the labelled test set, or of the development set."""
-        splits = self._labelled_test_splits()
+        if splits := self._labelled_test_splits():
+            return self._evaluation_loaders(splits, sort=True)
+        splits = self._loaded(self.task.validation_splits)
         if not splits:
-            splits = self._loaded(self.task.validation_splits)
-            if not splits:
-                raise FiftyfoldError(f"This copy of {self.task.name} has no labels to test with; use predict instead.")
-            rank_zero_warn(
-                f"This copy of {self.task.name} has no test set with labels: what is called test is the development "
-                "set."
-            )
+            raise FiftyfoldError(f"This copy of {self.task.name} has no labels to test with; use predict instead.")
+        rank_zero_warn(
+            f"This copy of {self.task.name} has no test set with labels: the test scores the development set."
+        )
         return self._evaluation_loaders(splits, sort=True)
 
     def predict_dataloader(self) -> StatefulLoader | list[StatefulLoader]:

@@ -142,7 +142,7 @@ def multiply_codes(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(padded, codes.t())[: x.shape[0]].float()
     # Autocast would round the codes to its type; it leaves a product alone whose output is given.
     sums = x.new_empty((x.shape[0], codes.shape[0]), dtype=torch.float32)
-    return torch.mm(x.float(), codes.t().float(), out=sums)
+    return torch.mm(x.float(), codes.t().float(), out=sums).add_(0.0)  # a sum of integers is never -0
 
 
 def check_linear(x: torch.Tensor, shape: Sequence[int], weight_scale: torch.Tensor, bits: int) -> None:

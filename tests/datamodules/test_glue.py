@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import torch
 from fiftyfold.datamodules import GLUEDataModule, token_cache
 from fiftyfold.datamodules.glue_files import Rows
 from fiftyfold.errors import FiftyfoldError
-from tests.datamodules.conftest import write_sst2
+from tests.datamodules.conftest import sentences, write_sst2
 
 
 def module(folder, tokenizer, tmp_path, task="sst2", **options):
@@ -106,7 +107,10 @@ def test_stages_without_a_test_file_take_the_development_set(tmp_path, sst2_fold
     data = module(sst2_folder, tokenizer_folder, tmp_path)
     data.setup(stage)
     loader = {"validate": data.val_dataloader, "test": data.test_dataloader, "predict": data.predict_dataloader}
-    assert count_rows(loader[stage]()) == 9
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert count_rows(loader[stage]()) == 9
+    assert ["sst2 has no test set" in str(each.message) for each in said] == [True] * (stage != "validate")
 
 
 def test_unlabelled_test_file_is_predicted_and_not_tested(tmp_path, sst2_folder, tokenizer_folder):
@@ -189,6 +193,16 @@ def test_unlabelled_texts_join_the_training_set_and_nobody_reads_their_labels(tm
         module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(path)).setup("fit")
     with pytest.raises(FiftyfoldError, match=r"none.jsonl does not exist"):
         module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(tmp_path / "none.jsonl")).setup("fit")
+
+
+def test_training_texts_are_those_of_the_training_and_the_unlabelled_set(tmp_path, sst2_folder, tokenizer_folder):
+    (tmp_path / "more.jsonl").write_text('{"sentence": "poor plot"}\n')
+    data = module(sst2_folder, tokenizer_folder, tmp_path, unlabelled=str(tmp_path / "more.jsonl"), limit_train=5)
+    for _ in range(2):
+        assert list(data.training_texts()) == [*sentences(27, seed=1), "poor plot"]
+    (sst2_folder / "SST-2" / "train.tsv").unlink()
+    with pytest.raises(FiftyfoldError, match="has no train set for sst2"):
+        list(module(sst2_folder, tokenizer_folder, tmp_path).training_texts())
 
 
 def test_wrong_values_and_missing_sets(tmp_path, sst2_folder, tokenizer_folder):

@@ -184,6 +184,11 @@ def test_models_compute_the_same(
         model.get_input_embeddings().weight
     )
     trimmed = trim_vocabulary(model, byte_tokenizer, lambda: TEXTS)
+    for module in model.modules():
+        assert getattr(module, "vocab_size", len(trimmed)) == len(trimmed)
+        if isinstance(module, torch.nn.Embedding | torch.nn.Linear):
+            told = module.num_embeddings if isinstance(module, torch.nn.Embedding) else module.out_features
+            assert module.weight.shape[0] == told
     numbers = byte_tokenizer.get_vocab()
     model.save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path, dtype=model.dtype)
@@ -287,7 +292,8 @@ def with_bad_words(rows: int) -> PreTrainedModel:
 
 
 def far_padding(rows: int) -> PreTrainedModel:
-    return build("RobertaForSequenceClassification", rows, pad_token_id=rows - 1)
+    # A token that stays, for it is configured, under another number.
+    return build("RobertaForSequenceClassification", rows, pad_token_id=rows - 1, max_position_embeddings=2 * rows)
 
 
 def by_number(rows: int) -> PreTrainedModel:
@@ -319,6 +325,9 @@ def test_a_refused_model_is_as_before(
         assert torch.equal(value, before[name]), name
 
 
+ONCE = iter(CORPUS)
+
+
 class NoFastOne:
     def __len__(self) -> int:
         return 3
@@ -330,7 +339,7 @@ class NoFastOne:
         (NoFastOne(), lambda: TEXTS, "NoFastOne has no tokenizer.json"),
         (None, lambda: [], "no text"),
         (None, lambda: iter(()), "no text"),
-        (None, lambda once=iter(CORPUS): once, "called again"),
+        (None, ONCE.__iter__, "called again"),
     ],
 )
 def test_tokenizers_and_texts_that_are_refused(

@@ -50,7 +50,7 @@ def named_tokens(definition: Mapping[str, Any]) -> set[int]:
         found |= {model.get("unk_id"), scores.index(min(scores))}
     else:
         found.add(model["vocab"].get(model.get("unk_token")))
-    return found - {None}
+    return {number for number in found if number is not None}
 
 
 def trimmed_tokenizer(

@@ -42,7 +42,7 @@ def trim_vocabulary(
         raise FiftyfoldError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}; use the model's own.")
     definition = read_definition(tokenizer)
     wanted = configured_tokens(model) | named_tokens(definition)
-    count, tried = 0, []
+    count, tried = 0, list[list[int]]()
     for row in encode_texts(tokenizer, texts()):
         count += 1
         wanted.update(row)
