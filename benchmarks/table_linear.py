@@ -24,7 +24,7 @@ from fiftyfold.app.benchmark import processor_name
 from fiftyfold.kernels.cpu import cpu_status
 from fiftyfold.kernels.path import use_path
 from fiftyfold.modules.packed.contents import pack_layer, packed_entry
-from fiftyfold.modules.quantization.layers import activate
+from fiftyfold.modules.quantization.layers import QuantizedLayer, activate
 from fiftyfold.modules.quantization.settings import LayerSettings, WeightSettings
 
 RESULTS = Path(__file__).parent / "results" / "table_linear.json"
@@ -54,6 +54,7 @@ def measure_cell(tokens: int, inputs: int, outputs: int, bits: int, threads: int
     dense = nn.Linear(inputs, outputs, bias=False)
     weight, x = dense.weight.detach().clone(), torch.randn(tokens, inputs)
     activate(dense, LayerSettings(WeightSettings(bits, "per_channel")))
+    assert isinstance(dense, QuantizedLayer)
     packed = pack_layer("layer", dense, packed_entry(dense)).eval()
 
     def built() -> object:

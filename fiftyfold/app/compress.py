@@ -49,7 +49,7 @@ def compress(
         weight_bits: 1 is binary, 2 ternary.
         activation_bits: bits of the inputs of linear layers; null leaves them in floating point.
         layers: which of the teacher's layers the student keeps.
-        keep: how many layers to keep, with every-other, first or last.
+        keep: how many layers to keep, with every-other, first or last; by default half of them.
         targets: modules to quantize: default, xtc, or regular expressions on their names.
         vocabulary: texts leaves out the tokens that no training text has, unlabelled ones included; other words are
             then read in smaller pieces.

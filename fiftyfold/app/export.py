@@ -20,7 +20,7 @@ from fiftyfold.modules import export as export_folder
 from fiftyfold.modules.layer_reduction import OPERATION as REDUCTION
 from fiftyfold.modules.quantization.bitsandbytes_layers import quantize_bitsandbytes
 from fiftyfold.modules.quantization.layers import quantized_layers
-from fiftyfold.modules.structure import structure_log
+from fiftyfold.modules.structure import plain_state, structure_log
 from fiftyfold.modules.task_module import DATA_KEY, TaskModule
 
 
@@ -77,7 +77,7 @@ def export(
         print(json.dumps(report.to_json(), indent=2))
     else:
         with replaced_folder(target) as aside:
-            trained.to(getattr(torch, rest_dtype)).save_pretrained(aside)
+            trained.to(getattr(torch, rest_dtype)).save_pretrained(aside, state_dict=plain_state(trained))
             words.save_pretrained(aside)
         print(f"{output}: a plain folder of transformers in {rest_dtype}; no weight is quantized or tensorized")
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fiftyfold.errors import FiftyfoldError
+from fiftyfold.errors import FiftyfoldError, first_line
 
 TRAINER_COMMANDS = {
     "fit": "train a teacher or a student from a YAML recipe",
@@ -133,6 +133,9 @@ def _explanation(error: Exception) -> str | None:
         if isinstance(cause, FiftyfoldError):
             return str(cause)
         cause = cause.__cause__
+    # Lightning's own for a checkpoint that is not there; the one of the system has a number.
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return f"{first_line(error)}; check its name."
     told = isinstance(error, OSError) and error.errno is not None
     return str(error) if told or type(error).__name__ == "MisconfigurationException" else None
 

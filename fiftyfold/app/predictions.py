@@ -86,7 +86,7 @@ def _label_names(module: TaskModule) -> Sequence[str] | None:
 
 
 def _rows_of_all_ranks(own: list[int | float], trainer: Trainer) -> list[tuple[int, int | float]]:
-    """Return rows' indices in the file and what is predicted for them; rank r of n has rows r, r + n, r + 2n, …"""
+    """Return what is predicted by row of the file; rank r of n has the rows r, r + n, r + 2n and so on."""
     parts: list[list[int | float]] = [own] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(parts, own)

@@ -14,6 +14,7 @@ from fiftyfold.app.road import build_data, fine_tune, travel
 from fiftyfold.app.summary import Row
 from fiftyfold.app.training import claim_output, quiet_lightning, score
 from fiftyfold.modules import FineTuningModule, quantize, reduce_layers
+from fiftyfold.modules.structure import plain_state
 
 TRAIN_ROWS = 8000
 DEV_ROWS = 1000
@@ -78,7 +79,7 @@ def _make_teacher(recipe: Recipe) -> Row:
     BertTokenizerFast(str(vocabulary_file), model_max_length=64).save_pretrained(folder)
     untrained = Row("untrained", score(FineTuningModule(recipe.teacher), build_data(recipe))["val/score"])
     module = fine_tune(replace(recipe, epochs=TEACHER_EPOCHS, learning_rate=TEACHER_LEARNING_RATE), folder)
-    module.model.save_pretrained(folder)
+    module.model.save_pretrained(folder, state_dict=plain_state(module.model))
     return untrained
 
 

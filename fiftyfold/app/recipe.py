@@ -44,6 +44,10 @@ class Recipe:
         for name in ("epochs", "checks_per_epoch"):
             if getattr(self, name) < 1:
                 raise FiftyfoldError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.keep is not None and self.layers == "all":
+            raise FiftyfoldError(
+                f"keep is {self.keep}, but layers is all; name which ones with layers: every-other, first or last."
+            )
         if not self.learning_rate > 0:
             raise FiftyfoldError(f"learning_rate is {self.learning_rate}, but must be above 0.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -49,13 +50,18 @@ def quiet_lightning() -> None:
 
 
 def claim_output(folder: Path) -> None:
-    """Refuse an output folder that holds something.
+    """Refuse an output folder that holds something, or that cannot be written.
 
     Raises:
-        FiftyfoldError: if the folder exists and is not empty, or is a file.
+        FiftyfoldError: if the folder exists and is not empty, is a file, or lies where nothing can be written.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FiftyfoldError(f"{folder} already holds something; name another output folder, or move that one away.")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise FiftyfoldError(
+            f"{folder} cannot be written: {above} is read-only, or no folder; name an output folder elsewhere."
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from fiftyfold.errors import FiftyfoldError
-from fiftyfold.file_replacement import replaced_file
+from fiftyfold.file_replacement import escaped, replaced_file
 from fiftyfold.modules.checkpoint import check_checkpoint
 
 
@@ -48,7 +48,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise reason from None
             raise FiftyfoldError(
                 f"the checkpoint {place} cannot be written ({reason.strerror or reason}); free some space or name "
-                "another folder, and resume from the checkpoint before it, which is whole."
+                f"another folder, and {_way_on(place)}."
             ) from error
 
     @override
@@ -61,6 +61,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if "://" not in str(path):
             check_checkpoint(Path(path))
         return super().load_checkpoint(path, *arguments, **options)
+
+
+def _way_on(place: Path) -> str:
+    if any(place.parent.glob(f"*{escaped(place.suffix or place.name)}")):
+        return "resume from the checkpoint before it, which is whole"
+    return "repeat the command: there is no checkpoint before it in this folder"
 
 
 def _reason(error: BaseException, handled: BaseException | None) -> BaseException:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from fiftyfold.callbacks.moment import When, read_schedule
@@ -61,7 +63,11 @@ class LayerPruning(OperationCallback):
         root = compression_root(pl_module)
         first = self._due[0]
         if first[0] == 0:
-            raise FiftyfoldError(f"{first[1].name} falls on step 0, before any layer could be measured; prune later.")
+            message = f"{first[1].name} falls on step 0, before any layer could be measured"
+            if not trainer.fast_dev_run:
+                raise FiftyfoldError(f"{message}; prune later.")
+            rank_zero_warn(f"{message}; fast_dev_run leaves it out.")
+            del self._due[0]
         self._close()
         self._meter = ImportanceMeter(layer_stack(root, find_layer_stack(root)))
         if self._restored is not None:
@@ -73,7 +79,8 @@ class LayerPruning(OperationCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._meter is not None:
             pending = self.pending(compression_root(pl_module))
-            self._meter.active = bool(pending) and trainer.global_step >= pending[0][0] - self.measure_steps
+            left = (event.moment.steps_left(trainer, batch_idx) for _, event in pending)
+            self._meter.active = min(left, default=math.inf) <= self.measure_steps
             self._meter.mask = batch_mask(batch)
 
     def on_train_batch_end(
@@ -88,8 +95,9 @@ class LayerPruning(OperationCallback):
         if self._meter is not None:
             self._meter.active = False
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the layers as they were."""
+        super().on_train_end(trainer, pl_module)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
@@ -107,6 +115,10 @@ class LayerPruning(OperationCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._restored = checkpoint.get(_TOTALS_KEY) if fitting and trainer.is_global_zero else None
+
+    def due_now(self, root: nn.Module, trainer: Trainer, batch_idx: int) -> list[Event]:
+        """Prune once at a time: between two prunings lies a step that measures."""
+        return super().due_now(root, trainer, batch_idx)[:1]
 
     def layers_after(self, event: Event, total: int) -> int:
         """Count the layers that would be left of ``total``."""

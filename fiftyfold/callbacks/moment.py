@@ -43,8 +43,10 @@ class Moment:
             raise FiftyfoldError(f"{when!r} lies outside training; a fraction goes from 0 up to, not including, 1.")
         return cls(amount, unit)
 
-    def resolve(self, trainer: Trainer) -> int:
-        """Return the optimizer step at which this moment comes, counted from 0 as ``trainer.global_step`` is.
+    def estimate(self, trainer: Trainer) -> float:
+        """Return the optimizer step near which this moment is to come, by the Trainer's estimate, before rounding.
+
+        It tells which of two moments comes first, and is the very step where one optimizer steps as often each epoch.
 
         Args:
             trainer: one that is about to train, so that the number of its batches is known.
@@ -53,14 +55,37 @@ class Moment:
             FiftyfoldError: if the length of training, or of an epoch, is not known.
         """
         if self.unit == "step":
-            return int(self.amount)
+            return self.amount
         if self.unit == "epoch":
-            length: float = trainer.num_training_batches / trainer.accumulate_grad_batches
+            length = float(trainer.num_training_batches / trainer.accumulate_grad_batches)
         else:
-            length = trainer.estimated_stepping_batches
+            length = float(trainer.estimated_stepping_batches)
         if not 0 < length < math.inf:
             raise FiftyfoldError(f"{self}: the training loader or the Trainer has no known length; write 'step:…'.")
-        return round(self.amount * math.ceil(length))
+        return self.amount * math.ceil(length)
+
+    def steps_left(self, trainer: Trainer, batch_idx: int) -> int:
+        """Return in how many optimizer steps this moment comes; it has come if that is not above 0.
+
+        Only a moment written in steps, and a share of ``max_steps``, look at ``trainer.global_step``: several
+        optimizers, steps by hand and an accumulation that changes all make it run at a pace that nobody knows
+        beforehand. Epochs, and shares of ``max_epochs``, are counted by the epoch and its batches.
+
+        Args:
+            trainer: one that trains, with what :meth:`estimate` asks for.
+            batch_idx: of the batch about to be trained on, in its epoch.
+        """
+        if self.unit == "step":
+            return int(self.amount) - int(trainer.global_step)
+        if self.unit == "epoch":
+            return _steps_to_share(self.amount, 1, trainer, batch_idx)
+        # Training ends at whichever limit comes first.
+        left: list[int] = []
+        if trainer.max_steps != -1:
+            left.append(round(self.amount * trainer.max_steps) - int(trainer.global_step))
+        if trainer.max_epochs not in (None, -1) and trainer.num_training_batches < math.inf:
+            left.append(_steps_to_share(self.amount, trainer.max_epochs, trainer, batch_idx))
+        return min(left)
 
     def __str__(self) -> str:
         return f"{self.unit}:{self.amount:g}"
@@ -85,6 +110,13 @@ def read_schedule(schedule: Mapping[Any, _Value], owner: str) -> dict[Moment, _V
     if not read:
         raise FiftyfoldError(f"{owner} names no moment at all; give at least one.")
     return read
+
+
+def _steps_to_share(share: float, epochs: int, trainer: Trainer, batch_idx: int) -> int:
+    """Count the steps up to a ``share`` of ``epochs``, as if every epoch had as many steps as this one."""
+    length: int = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    place: int = trainer.current_epoch * length + batch_idx // trainer.accumulate_grad_batches
+    return round(share * (epochs * length)) - place
 
 
 def _split(when: When) -> tuple[str, str]:

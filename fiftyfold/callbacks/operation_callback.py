@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import zlib
 from abc import ABC, abstractmethod
@@ -74,10 +73,13 @@ class OperationCallback(Callback, ABC):
     """Kind of the operation, as the log names it."""
     changes_shapes: bool
     """Whether parameters come or go, which strategies that shard can follow only before they shard."""
+    steps_down: bool = False
+    """Whether each event goes further than those before it, so that one that a later one has overtaken is left out."""
 
     def __init__(self) -> None:
         self._last_step: int | None = None
         self._due: list[tuple[int, Event]] = []
+        self._done_earlier: set[str | None] = set()
         self._names: list[GroupNames] | None = None
 
     @property
@@ -153,6 +155,8 @@ class OperationCallback(Callback, ABC):
             listen(module)
         # A fit goes on from what the module is; an evaluation may look back.
         let_rewind(pl_module, stage != "fit")
+        # Before anything is done to the module, or loaded, for this run.
+        self._done_earlier = _done(compression_root(pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Leave the module as other Trainers expect it."""
@@ -173,28 +177,42 @@ class OperationCallback(Callback, ABC):
         """Resolve the schedule and refuse one that cannot be kept."""
         mend_epoch_count(trainer)
         leave_integers_whole(trainer)
-        due = [(event.moment.resolve(trainer), event) for event in self.events]
-        self._due = sorted(due, key=lambda entry: entry[0])
-        for (step, event), (next_step, next_event) in itertools.pairwise(self._due):
-            if step == next_step:
-                raise FiftyfoldError(f"{event.name} and {next_event.name} fall on the same optimizer step, {step}.")
+        due = sorted(((event.moment.estimate(trainer), event) for event in self.events), key=lambda entry: entry[0])
+        self._due = _without_collisions([(round(step), event) for step, event in due], trainer)
         length = trainer.estimated_stepping_batches
         for step, event in self._due:
             if 0 < length <= step:
-                rank_zero_warn(f"{event.name} is due at step {step}, but training ends after {length}: it never comes.")
+                rank_zero_warn(
+                    f"{event.name} is due at step {step}, but by the Trainer's estimate training ends after {length}: "
+                    "it never comes; choose an earlier moment, or train longer."
+                )
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self._announce_repetitions()
         callbacks = list(operation_callbacks(trainer))
         if callbacks[-1] is self:
             _refuse_impossible(callbacks, compression_root(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Carry out what is due, but never between the micro-batches of one optimizer step."""
+        """Carry out what is due, but not between the micro-batches of one optimizer step of one epoch."""
         step = trainer.global_step
-        if step == self._last_step:
+        if step == self._last_step and batch_idx > 0:
             return
         self._last_step = step
-        for due, event in self.pending(compression_root(pl_module)):
-            if step >= due:
-                self._carry_out(event, trainer, pl_module)
+        for event in self.due_now(compression_root(pl_module), trainer, batch_idx):
+            self._carry_out(event, trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell what was left undone, be it that training stopped early or that its length was estimated wrongly."""
+        root = compression_root(pl_module)
+        done, waiting = _done(root), [event for _, event in self.pending(root)]
+        for _, event in self._due:
+            if event.name not in done:
+                why = f"training ended before that, at step {trainer.global_step}"
+                rank_zero_warn(
+                    f"{event.name}, due at {event.moment}, was not carried out: "
+                    f"{why if event in waiting else 'a later moment of its schedule came first'}; "
+                    "if it is to happen, choose an earlier moment, or train on."
+                )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the names of the optimizers' parameters beside the optimizers' states."""
@@ -210,9 +228,15 @@ class OperationCallback(Callback, ABC):
             self._names = checkpoint.get(_NAMES_KEY)
 
     def pending(self, root: nn.Module) -> list[tuple[int, Event]]:
-        """Return the events that ``root`` has not had yet, each with its optimizer step."""
+        """Return the events that ``root`` is still to have, each with the optimizer step where it is expected."""
         done = _done(root)
-        return [(step, event) for step, event in self._due if event.name not in done]
+        had = [at for at, (_, event) in enumerate(self._due) if event.name in done]
+        first = had[-1] if had and self.steps_down else 0
+        return [(step, event) for step, event in self._due[first:] if event.name not in done]
+
+    def due_now(self, root: nn.Module, trainer: Trainer, batch_idx: int) -> list[Event]:
+        """Return the events whose moment has come, in their order."""
+        return [event for _, event in self.pending(root) if event.moment.steps_left(trainer, batch_idx) <= 0]
 
     def _refuse_partners(self, trainer: Trainer) -> None:
         mine = type(self).__name__
@@ -226,6 +250,14 @@ class OperationCallback(Callback, ABC):
                 raise FiftyfoldError(
                     f"{type(callback).__name__} cannot average a model that {type(trainer.strategy).__name__} shards; "
                     "leave it out, or train with strategy='ddp'."
+                )
+
+    def _announce_repetitions(self) -> None:
+        for _, event in self._due:
+            if event.name in self._done_earlier:
+                rank_zero_warn(
+                    f"{event.name} was done to this model in an earlier run, and is skipped; to do it again, train a "
+                    "fresh model, or call the plain function of fiftyfold.modules before the Trainer gets the model."
                 )
 
     def _refuse_late_events(self, trainer: Trainer) -> None:
@@ -272,6 +304,20 @@ def batch_mask(batch: Any) -> torch.Tensor | None:
 
 def _done(root: nn.Module) -> set[str | None]:
     return {operation.get("by") for operation in structure_log(root)}
+
+
+def _without_collisions(due: list[tuple[int, Event]], trainer: Trainer) -> list[tuple[int, Event]]:
+    """Refuse events of one callback that fall on one step; a trial of a few batches leaves out all but the last."""
+    kept = due[:1]
+    for step, event in due[1:]:
+        if step == kept[-1][0]:
+            both = f"{kept[-1][1].name} and {event.name} fall on the same optimizer step, {step}"
+            if not trainer.fast_dev_run:
+                raise FiftyfoldError(f"{both}; choose moments further apart, or train longer.")
+            rank_zero_warn(f"{both}, under fast_dev_run; the first of the two is left out.")
+            kept.pop()
+        kept.append((step, event))
+    return kept
 
 
 def _prepare_all(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -45,6 +45,7 @@ class QuantizationAwareTraining(OperationCallback):
 
     operation = "quantize"
     changes_shapes = False
+    steps_down = True
 
     def __init__(
         self,

@@ -73,7 +73,8 @@ class RandomStates(Callback):
 
     With a loader that finds its place again, a resumed training is then the one that was interrupted, dropout
     included. The states are put back just before the first batch that is trained on, so that nothing which runs at
-    the start of a process can disturb them.
+    the start of a process can disturb them. They are also put back after each validation within the training, which a
+    run that resumes at an epoch's end may not repeat, and whose loader alone draws from torch's generator.
 
     Gradients that are still being accumulated are in no Lightning checkpoint. A checkpoint taken between two
     optimizer steps, as validation can trigger it, therefore resumes with a smaller first step; a warning says so.
@@ -81,6 +82,7 @@ class RandomStates(Callback):
 
     def __init__(self) -> None:
         self._pending: list[dict[str, Any]] | None = None
+        self._before_validation: dict[str, Any] | None = None
 
     @override
     def on_save_checkpoint(
@@ -121,6 +123,7 @@ class RandomStates(Callback):
         # trainer.estimated_stepping_batches, that is before the state is taken from the checkpoint.
         trainer.fit_loop._load_combined_loader_states()
         mend_epoch_count(trainer)
+        self._before_validation = None
         if self._pending is not None:
             _name_forgetful_loaders(trainer)
 
@@ -138,6 +141,23 @@ class RandomStates(Callback):
                 f"The checkpoint holds the random states of {len(states)} processes, but {trainer.world_size} train"
                 " now: dropout goes on with other random numbers."
             )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning makes the validation loader's iterator, which draws a seed, before on_validation_start.
+        loop = trainer.fit_loop.epoch_loop
+        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        # By the clock, validation may become due until Lightning asks itself.
+        if due or trainer._val_check_time_interval is not None:
+            self._before_validation = capture_random_states()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._before_validation is not None and trainer.state.fn == TrainerFn.FITTING:
+            restore_random_states(self._before_validation)
+        self._before_validation = None
 
 
 def _name_forgetful_loaders(trainer: pl.Trainer) -> None:

@@ -42,6 +42,7 @@ class TensorNetworkDecomposition(OperationCallback):
 
     operation = OPERATION
     changes_shapes = True
+    steps_down = True
 
     def __init__(
         self,

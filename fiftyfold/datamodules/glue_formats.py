@@ -72,7 +72,7 @@ def _tsv_rows(path: Path, lines: list[str], columns: list[str], start: int, task
 
 def _read_csv(path: Path, _task: GLUETask) -> tuple[list[str], Iterator[Row]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_decode(path).rstrip(), newline=""), strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:

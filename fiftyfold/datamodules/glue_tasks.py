@@ -222,5 +222,9 @@ def get_task(name: str) -> GLUETask:
     """
     task = _ALIASES.get(_normalise(name))
     if task is None:
-        raise FiftyfoldError(f"There is no GLUE task named {name!r}; choose one of {', '.join(TASKS)}.")
+        trained = ", ".join(name for name, task in TASKS.items() if task.train_splits)
+        raise FiftyfoldError(
+            f"There is no GLUE task named {name!r}; choose one of {trained}, or ax, which has no training set, to test "
+            "or predict."
+        )
     return task

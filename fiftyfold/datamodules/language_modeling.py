@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from fiftyfold.datamodules.glue import at_least_one, load_tokenizer
@@ -233,6 +234,8 @@ class LanguageModelingDataModule(LightningDataModule):
     def test_dataloader(self) -> StatefulLoader:
         """Return the loader of the test text, or of the validation text where there is none."""
         split = "test" if "test" in self._sequences else "validation"
+        if split == "validation":
+            rank_zero_warn("There is no test text: the test scores the validation text.")
         return self._evaluation_loader(self._sequences[split], split)
 
     def predict_dataloader(self) -> StatefulLoader:

@@ -131,6 +131,8 @@ class DistillationModule(TaskModule):
 
         teacher_model = load_teacher(teacher) if isinstance(teacher, str) else teacher
         total = len(layer_stack(teacher_model, find_layer_stack(teacher_model)))
+        if layers == "all" and keep is not None:
+            raise FiftyfoldError(f"keep={keep} goes with layers='every-other', 'first' or 'last'; name one of them.")
         self._first_layers = list(range(total)) if layers == "all" else choose_layers(layers, total, keep)
         self.student = (
             student_from_teacher(teacher_model, self._first_layers).float()

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fiftyfold.errors import FiftyfoldError
+
+_LEAST_TOKENS = 0.75
+"""Of the model's vocabulary, which may be padded to a round number; a tokenizer with fewer is hardly its own."""
 
 
 @runtime_checkable
@@ -66,6 +70,8 @@ class UnnamedTask:
 def fit_labels(config: PretrainedConfig, task: EvaluationTask, model_name: str) -> None:
     """Check a model's labels against a task's, and name them where the model has no names of its own.
 
+    A warning tells of a model with other names: it may have been made for another task.
+
     Args:
         config: the model's configuration; ``id2label`` and ``label2id`` may be changed.
         task: what the data are.
@@ -91,10 +97,18 @@ def fit_labels(config: PretrainedConfig, task: EvaluationTask, model_name: str) 
             f"the {model_name}'s labels stand in the order {have}, the task {task.name!r} has {wanted}; reorder the "
             "data's labels or the model's classifier."
         )
+    elif sorted(_folded(have)) != sorted(_folded(wanted)) and not all(name.isdecimal() for name in have):
+        # Without the role: warnings of one text show once, and teacher and student have the same labels.
+        rank_zero_warn(
+            f"The model's labels are {have}, the task {task.name!r} has {wanted}: they are taken for each other in "
+            "this order. Was the model made for this task?"
+        )
 
 
 def fit_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
     """Check that a model has an embedding for every token, and tell it the padding token if it knows none.
+
+    A warning tells of a tokenizer with far fewer tokens than the model, whose words may be other words to the model.
 
     Args:
         config: the model's configuration; ``pad_token_id`` may be set, which decoders need to find the last token.
@@ -108,6 +122,11 @@ def fit_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase,
         raise FiftyfoldError(
             f"the tokenizer has {len(tokenizer)} tokens, the {model_name}'s vocabulary {config.vocab_size}; use the "
             "tokenizer that belongs to the model."
+        )
+    if len(tokenizer) < _LEAST_TOKENS * config.vocab_size:
+        rank_zero_warn(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}: is it the model's "
+            "own? Another one's tokens stand for other words."
         )
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -72,6 +72,11 @@ def structure_log(model: nn.Module) -> list[Operation]:
     return json.loads(json.dumps(getattr(model, _LOG_ATTRIBUTE, [])))  # type: ignore[no-any-return]
 
 
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights without the log, for a folder of transformers, which knows nothing of it."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] != STATE_KEY}
+
+
 def attach_structure(model: nn.Module) -> None:
     """Make ``model`` carry a log in its state dict. Doing it again changes nothing."""
     if not has_structure(model):

@@ -232,11 +232,14 @@ def test_an_unfinished_run_of_a_version_with_fewer_options_goes_on(
         (["--targets", "no_such_module"], "no_such_module"),
         (["--task", "mrpc"], "mrpc"),
         (["--output", "data"], "already holds something"),
+        (["--output", "data/SST-2/dev.tsv/small"], "dev.tsv is read-only, or no folder; name an output folder"),
         (["--augmented", "nothing.jsonl"], "nothing.jsonl"),
         (["--unlabelled", "nothing.jsonl"], "nothing.jsonl"),
         (["--epochs", "0"], "epochs is 0"),
         (["--checks_per_epoch", "0"], "checks_per_epoch is 0"),
         (["--learning_rate", "0"], "learning_rate is 0"),
+        (["--keep", "9"], "keep is 9, but layers is all"),
+        (["--keep", "9", "--layers", "first"], "cannot keep 9 of 4 layers"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -249,6 +252,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert named.lower() in error.lower()
     assert not (place / "small").exists()
     assert sorted(path.name for path in place.iterdir() if path.name != "cache") == before
+
+
+def test_an_output_on_a_read_only_disk_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: not (place == tmp_path and mode == os.W_OK))
+    with pytest.raises(FiftyfoldError, match="is read-only, or no folder; name an output folder elsewhere"):
+        training.claim_output(tmp_path / "new" / "small")
 
 
 @pytest.mark.parametrize("output", [".", "./", "../here"])

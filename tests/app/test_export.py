@@ -26,7 +26,8 @@ def trained(place: Path, *words: str) -> str:
 def test_an_unquantized_model_becomes_a_teacher(place: Path) -> None:
     checkpoint = trained(place, *FINE_TUNING)
     assert main(["export", checkpoint, "plain", "--rest_dtype", "float32"]) == 0
-    model = AutoModelForSequenceClassification.from_pretrained(place / "plain")
+    model, loading = AutoModelForSequenceClassification.from_pretrained(place / "plain", output_loading_info=True)
+    assert not any(loading.values()), "transformers prints a report of what is missing or left over"
     assert not hasattr(model.config, "quantization_config")
     assert model.config.id2label == {0: "negative", 1: "positive"}
     state = torch.load(checkpoint, weights_only=True)["state_dict"]

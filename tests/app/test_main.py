@@ -59,6 +59,7 @@ def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         (["--model.teacher", "nobody"], "the teacher 'nobody'"),
         (["--model.layers", "[0,9]"], "there is no layer 9"),
         (["--data.task", "sst3"], "'sst3'"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt; check its name."),
         (["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.start=tomorrow"], "'tomorrow'"),
     ],
 )

@@ -27,6 +27,11 @@ def only_checkpoint(place: Path) -> Path:
     return found
 
 
+def only_checkpoint_folder(place: Path) -> Path:
+    (folder,) = {path.parent for path in place.rglob("best.ckpt")}
+    return folder
+
+
 def test_fit_then_export_gives_a_folder_that_loads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(place) == 0
     assert main(["export", str(only_checkpoint(place)), "packed"]) == 0
@@ -96,9 +101,8 @@ def test_every_recipe_runs(recipe: Path, place: Path) -> None:
 
         student_from_teacher(load_classifier("teacher12", "teacher"), [1, 3, 5, 7, 9, 11]).save_pretrained("student")
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"]
-    assert (
-        main(["fit", "--config", f"xtc/{recipe.stem}", *words, *limits, "--trainer.default_root_dir", str(place)]) == 0
-    )
+    assert main(["fit", "--config", f"xtc/{recipe.stem}", *words, *limits, "--trainer.default_root_dir", "runs"]) == 0
+    assert only_checkpoint_folder(place) == place / "runs" / "lightning_logs" / "version_0" / "checkpoints"
 
 
 def test_a_trainers_file_does_not_take_a_recipes_compression_away(capsys: pytest.CaptureFixture[str]) -> None:

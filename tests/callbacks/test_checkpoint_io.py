@@ -31,14 +31,23 @@ def test_it_reads_what_it_wrote(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("victim", ["fsync", "replace"])
-def test_a_disk_that_refuses_leaves_the_old_one(path, victim, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_disk_that_refuses_the_first_one_leaves_none_to_resume_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(FiftyfoldError, match=r"No space left on device.*repeat the command: there is no checkpoint"):
+        DurableCheckpointIO().save_checkpoint(NEW, tmp_path / "first.ckpt")
+
+
+@pytest.mark.parametrize("name", ["last [1].ckpt", "step=2.ckpt"])
+@pytest.mark.parametrize("victim", ["fsync", "replace"])
+def test_a_disk_that_refuses_leaves_the_old_one(path, victim, name, monkeypatch):
     monkeypatch.setattr(os, victim, refuse)
-    with pytest.raises(FiftyfoldError, match=r"cannot be written .No space left on device"):
-        DurableCheckpointIO().save_checkpoint(NEW, path)
+    with pytest.raises(FiftyfoldError, match=r"cannot be written .No space left on device.*the checkpoint before it"):
+        DurableCheckpointIO().save_checkpoint(NEW, path.with_name(name))
     monkeypatch.undo()
     assert DurableCheckpointIO().load_checkpoint(path)["step"] == 1
     assert list(path.parent.iterdir()) == [path]

@@ -68,22 +68,26 @@ class Learner(LightningModule):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return nn.functional.mse_loss(self.net(batch), batch.sum(dim=1, keepdim=True))
+
+    validation_step = training_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(loader: Any, folder: Path | None = None, path: Path | None = None) -> tuple[list[torch.Tensor], list[str]]:
-    """Return the weights, and what was said of the loader."""
+def train(
+    loader: Any, folder: Path | None = None, path: Path | None = None, **options: Any
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Return the weights, and what was said of the loader. It validates if ``options`` say so."""
     torch.manual_seed(1 if path is None else 2)
-    trainer = make_trainer([RandomStates(), QuantizationAwareTraining(start=3)], folder)
+    trainer = make_trainer([RandomStates(), QuantizationAwareTraining(start=3)], folder, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(Learner(), loader, ckpt_path=path)
+        trainer.fit(Learner(), loader, DataLoader(Reviews(), batch_size=3), ckpt_path=path)
     assert trainer.global_step == STEPS
     weights = [parameter.detach() for parameter in trainer.lightning_module.parameters()]
     return weights, [str(each.message) for each in caught if "keeps no state" in str(each.message)]
@@ -118,3 +122,13 @@ def test_a_loader_with_a_state_goes_on_exactly(make, step, tmp_path):
     resumed, said = train(make(), path=tmp_path / f"step={step}.ckpt")
     assert not said
     assert equal(whole, resumed)
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+@pytest.mark.parametrize("step", [2, BATCHES])
+def test_validation_leaves_the_random_numbers_of_training_alone(step, interval, tmp_path):
+    """A run that resumes after an epoch's last batch does not repeat the validation, whose loader draws a seed."""
+    options = {"limit_val_batches": 2, "val_check_interval": interval}
+    whole, _ = train(Remembering(), tmp_path, **options)
+    assert equal(whole, train(Remembering(), path=tmp_path / f"step={step}.ckpt", **options)[0])
+    assert equal(whole, train(Remembering())[0]), "a run that validates nothing is the same"

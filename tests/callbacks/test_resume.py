@@ -135,12 +135,22 @@ def test_a_callback_may_be_added_or_left_out_at_a_resume(tmp_path):
     assert_same_training(added, resumed, "resumed with both")
 
 
-def test_a_second_fit_repeats_nothing():
+def test_a_second_fit_repeats_nothing_and_says_so(tmp_path, recwarn):
+    def told():
+        return [str(each.message) for each in recwarn if "earlier run, and is skipped" in str(each.message)]
+
     module = BertUser()
-    callbacks = [LayerReduction(start=2)]
-    make_trainer(callbacks).fit(module)
+    callbacks = [LayerReduction(start=2), QuantizationAwareTraining({0: 8, 3: 1})]
+    first = make_trainer(callbacks, tmp_path)
+    first.fit(module)
+    first.fit_loop.max_epochs += 1
+    first.fit(module)
+    make_trainer(callbacks).fit(BertUser(), ckpt_path=tmp_path / "step=4.ckpt")
+    assert not told(), "a run that goes on repeats nothing either, as is expected"
     make_trainer(callbacks).fit(module)
     assert len(module.model.bert.encoder.layer) == 2
+    names = ("LayerReduction('every-other')", "QuantizationAwareTraining(8)", "QuantizationAwareTraining(1)")
+    assert [message.partition(" was done")[0] for message in told()] == list(names)
 
 
 def test_a_checkpoint_that_was_tested_leaves_no_trace_in_the_next_fit(tmp_path):

@@ -7,9 +7,11 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fiftyfold.callbacks import LayerReduction, QuantizationAwareTraining
+from fiftyfold.callbacks import LayerPruning, LayerReduction, QuantizationAwareTraining
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules import load_from_checkpoint
 from fiftyfold.modules.structure import STATE_KEY, compression_root, replaying, structure_log
@@ -64,6 +66,43 @@ class Manual(OddUser):
         return [layers, torch.optim.Adam([*self.net.embed.parameters(), *self.net.head.parameters()], lr=1e-2)]
 
 
+class WhollySaved(Manual):
+    """Its state dict has the foreign tensor too."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.scale = self.outside[0]
+
+
+class Seldom(Manual):
+    """Steps by hand after every second batch."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(OddUser.training_step(self, batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers()[1].step()
+            self.optimizers()[1].zero_grad()
+
+
+class Growing(OddUser):
+    """Has more batches in each epoch."""
+
+    def train_dataloader(self):
+        return DataLoader(range(2 * (1 + self.trainer.current_epoch)), batch_size=1)
+
+
+class _Places(Callback):
+    """Notes before which batch of which epoch the number of layers changed."""
+
+    def __init__(self):
+        self.layers, self.places = 6, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if len(pl_module.net.layers) < self.layers:
+            self.layers = len(pl_module.net.layers)
+            self.places.append((trainer.current_epoch, batch_idx))
+
+
 class WithTeacher(BertUser):
     """Holds a frozen transformers model, larger than the one that it trains."""
 
@@ -94,6 +133,49 @@ def test_optimizers_stepped_by_hand():
     held = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
     assert held[0] is module.outside[0]
     assert {id(parameter) for parameter in held[1:]} == {id(parameter) for parameter in module.net.layers.parameters()}
+
+
+UNEVEN = {
+    "two optimizers": (Manual, {}),
+    "a step by hand every second batch": (Seldom, {}),
+    "accumulation that changes": (OddUser, {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 4})]}),
+    "epochs that grow": (Growing, {"limit_train_batches": 1.0, "reload_dataloaders_every_n_epochs": 1}),
+}
+
+
+@pytest.mark.parametrize("how", UNEVEN)
+def test_epochs_and_shares_do_not_hang_on_the_number_of_steps(how):
+    """What the Trainer expects is wrong here, and nothing is measured if the measuring waits for it."""
+    module_class, options = UNEVEN[how]
+    others = options.get("callbacks", list)()
+    places = _Places()
+    options = {name: value for name, value in options.items() if name != "callbacks"}
+    pruning = LayerPruning({"epoch:1": 1, "fraction:0.75": 1}, measure_steps=1)
+    make_trainer([pruning, places, *others], max_epochs=4, **options).fit(module_class())
+    assert places.places == [(1, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("module_class", [WhollySaved, Seldom])
+def test_resume_with_steps_by_hand(module_class, tmp_path):
+    def callbacks():
+        return [LayerPruning({"epoch:1": 1, "fraction:0.75": 1}, measure_steps=1), QuantizationAwareTraining(start=0.5)]
+
+    whole = make_trainer(callbacks(), tmp_path)
+    whole.fit(module_class(seed=0))
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) > 2
+    for path in saved[:-1]:
+        resumed = make_trainer(callbacks())
+        resumed.fit(module_class(seed=1), ckpt_path=path)
+        assert_same_training(whole, resumed, f"resumed from {path.stem}")
+
+
+def test_bits_that_were_overtaken_are_left_out():
+    """Steps by hand do not tell beforehand whether an epoch or a step comes first."""
+    module = Seldom()
+    with pytest.warns(UserWarning, match=r"QuantizationAwareTraining\(4\), due at step:3, was not carried out"):
+        make_trainer([QuantizationAwareTraining({0: 8, 3: 4, "epoch:1": 1})]).fit(module)
+    assert [entry["settings"][0]["weight"]["bits"] for entry in structure_log(module)] == [8, 1]
 
 
 def test_a_frozen_teacher_is_left_alone():

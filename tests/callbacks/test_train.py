@@ -11,7 +11,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.modules.quantization.layers import quantized_layers
 from fiftyfold.modules.structure import compression_root, structure_log
 from tests.cases import CASES
-from tests.strangers import MODULES, STEPS, BertUser, OddUser, make_trainer
+from tests.strangers import BATCHES, MODULES, STEPS, BertUser, OddUser, make_trainer
 
 
 class _Watch(Callback):
@@ -166,3 +166,34 @@ def test_impossible_plans_are_refused_at_the_start(callbacks, message):
 def test_what_never_comes_is_announced():
     with pytest.warns(UserWarning, match="never comes"):
         make_trainer([LayerReduction(start=STEPS)]).fit(BertUser())
+
+
+class _Stop(Callback):
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.should_stop = True
+
+
+def test_what_an_early_stop_left_undone_is_told():
+    told = rf"QuantizationAwareTraining\(1\), due at fraction:0.9, was not carried out: .* at step {BATCHES};"
+    with pytest.warns(UserWarning, match=told):
+        make_trainer([QuantizationAwareTraining({0: 8, "fraction:0.9": 1}), _Stop()]).fit(OddUser())
+
+
+def test_what_was_done_is_not_told(recwarn):
+    make_trainer([QuantizationAwareTraining({0: 8, "fraction:0.9": 1})]).fit(OddUser())
+    assert not [each for each in recwarn if "was not carried out" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "bits"),
+    [
+        (lambda: [QuantizationAwareTraining({0: 8, "fraction:0.3": 4, "fraction:0.6": 1})], [4]),
+        (lambda: [QuantizationAwareTraining({"fraction:0.3": 4, 0: 8})], [4]),
+        (lambda: [LayerPruning({"fraction:0.3": 1}), QuantizationAwareTraining(2)], [2]),
+    ],
+)
+def test_a_trial_run_is_too_short_for_a_schedule(callbacks, bits):
+    module = OddUser()
+    with pytest.warns(UserWarning, match=r"fast_dev_run.* left out|fast_dev_run leaves it out"):
+        make_trainer(callbacks(), fast_dev_run=True).fit(module)
+    assert [entry["settings"][0]["weight"]["bits"] for entry in structure_log(module)] == bits

@@ -53,6 +53,14 @@ def test_mnli_takes_the_gold_label_among_many_columns(tmp_path):
     assert rows.labels == [2]
 
 
+@pytest.mark.parametrize("comma", ["\t", ","])
+@pytest.mark.parametrize("end", ["\n\n", "\r\n \r\n", "\n\t\n"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, comma, end):
+    path = tmp_path / ("train.csv" if comma == "," else "train.tsv")
+    rows = read_file(write(path, f"sentence{comma}label\na{comma}1{end}"), SST2)
+    assert rows.texts == (["a"],)
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json", "parquet"])
 def test_other_forms_give_the_same_rows(tmp_path, form):
     records = [{"sentence": "one,\nline", "label": 1}, {"sentence": ODD, "label": 0}]

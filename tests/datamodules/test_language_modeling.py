@@ -170,6 +170,15 @@ def test_long_documents_are_cut_after_lines(monkeypatch):
     assert pieces[0] == "abc\ndefg\n"
 
 
+def test_without_a_test_text_it_is_the_validation_text_and_said(tmp_path, words):
+    folder = write_text(tmp_path / "data")
+    (folder / "test.txt").unlink()
+    data = module(words, folder, tmp_path)
+    data.setup("test")
+    with pytest.warns(UserWarning, match="the test scores the validation text"):
+        assert len(data.test_dataloader()) == len(data.val_dataloader())
+
+
 def test_stages_may_follow_each_other_in_any_order(tmp_path, words):
     folder = write_text(tmp_path / "data")
     alone = {stage: module(words, folder, tmp_path) for stage in ("fit", "test")}

@@ -314,7 +314,7 @@ class TestStudent:
         with pytest.raises(FiftyfoldError):
             distil(layers=layers)
 
-    @pytest.mark.parametrize("options", [{"hard_label_share": 1.5}, {"temperature": 0.0}])
+    @pytest.mark.parametrize("options", [{"hard_label_share": 1.5}, {"temperature": 0.0}, {"keep": 2}])
     def test_impossible_arguments_are_refused(self, options):
         with pytest.raises(FiftyfoldError, match=next(iter(options))):
             distil(**options)

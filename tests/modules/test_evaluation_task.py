@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from transformers import BertConfig, PreTrainedTokenizerFast
 
@@ -25,10 +27,18 @@ def test_a_model_without_names_takes_the_tasks():
     assert config.label2id == {"no": 0, "yes": 1, "perhaps": 2}
 
 
-def test_names_of_the_models_own_stay():
+def test_names_of_the_models_own_stay_and_are_said():
     config = BertConfig(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
-    fit_labels(config, UnnamedTask(2, label_names=("negative", "positive")), "model")
+    with pytest.warns(UserWarning, match=r"'bad', 'good'.*'negative', 'positive'.*made for this task"):
+        fit_labels(config, UnnamedTask(2, label_names=("negative", "positive")), "model")
     assert config.id2label == {0: "bad", 1: "good"}
+
+
+@pytest.mark.parametrize("names", [("NEGATIVE", "Positive"), ("LABEL_0", "LABEL_1"), ("0", "1")])
+def test_names_that_say_nothing_else_are_no_cause_for_a_warning(names):
+    config = BertConfig(id2label=dict(enumerate(names)), label2id={})
+    with warnings.catch_warnings(action="error"):
+        fit_labels(config, UnnamedTask(2, label_names=("negative", "positive")), "model")
 
 
 def test_labels_in_another_order_are_refused():
@@ -57,9 +67,16 @@ def test_tokens_without_an_embedding_are_refused():
         fit_vocabulary(BertConfig(vocab_size=20), tokenizer(21), "model")
 
 
+def test_a_tokenizer_of_far_fewer_tokens_is_doubted():
+    with warnings.catch_warnings(action="error"):
+        fit_vocabulary(BertConfig(vocab_size=20), tokenizer(15), "model")
+    with pytest.warns(UserWarning, match=r"has 14 tokens, the model's vocabulary 20: is it the model's own"):
+        fit_vocabulary(BertConfig(vocab_size=20), tokenizer(14), "model")
+
+
 def test_a_model_learns_its_padding_token():
     config = BertConfig(vocab_size=20, pad_token_id=None)
     fit_vocabulary(config, tokenizer(20), "model")
     assert config.pad_token_id == 19
-    fit_vocabulary(config, tokenizer(10), "model")
+    fit_vocabulary(config, tokenizer(15), "model")
     assert config.pad_token_id == 19

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_NAME
 
 import fiftyfold.kernels.operators  # noqa: F401 - a program may call them
 from fiftyfold.errors import FiftyfoldError, first_line
@@ -111,6 +112,12 @@ def open_program(path: Path) -> CompiledModel:
     Raises:
         FiftyfoldError: as :func:`load_compiled`.
     """
+    if path.is_dir():
+        kind = "of a model" if (path / CONFIG_NAME).is_file() else "and no compiled program"
+        raise FiftyfoldError(
+            f"{path} is a folder {kind}; open an exported one by fiftyfold.load, or compile it first, by fiftyfold "
+            "compile."
+        )
     facts = read_facts(path)
     if missing := sorted(set(facts.instructions) - set(processor_instructions())):
         raise FiftyfoldError(

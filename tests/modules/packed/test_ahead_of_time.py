@@ -286,6 +286,13 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_compiled(tmp_path / "nothing.pt2")
 
 
+def test_a_folder_is_no_program(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(FiftyfoldError, match=r"small is a folder of a model; open an exported one by fiftyfold\.load"):
+        load_compiled(place / EXPORTED)
+    with pytest.raises(FiftyfoldError, match="is a folder and no compiled program"):
+        load_compiled(tmp_path)
+
+
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_of_time, "_compile", lambda *_: pytest.fail("it compiled"))
     (tmp_path / PROGRAM).write_text("of the user's")
