@@ -79,7 +79,7 @@ def compress(
         layers=layers,
         keep=keep,
         targets=targets,
-        vocabulary=vocabulary,
+        vocabulary=None if vocabulary == "all" else vocabulary,
         stages=stages,
         epochs=epochs,
         batch_size=batch_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fiftyfold.app.summary import Row
-from fiftyfold.app.training import CONTENT, OPTIONS_FILE, remove_work_folder
+from fiftyfold.app.training import CONTENT, OPTIONS_FILE, chosen_options, remove_work_folder
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.file_lock import sole_writer
 from fiftyfold.modules.packed.export import REPORT_FILE
@@ -45,14 +45,16 @@ def complete_delivery(folder: Path, work: Path, options: dict[str, Any]) -> bool
     Raises:
         FiftyfoldError: if it goes on just now.
     """
-    asked, stamp = json.loads(json.dumps(options)), work / OPTIONS_FILE
+    asked, stamp = chosen_options(json.dumps(options)), work / OPTIONS_FILE
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        is_ours = report["run"]["recipe"] == asked and {"rows", "metric", "scores"} <= set(report)
+        is_ours = chosen_options(json.dumps(report["run"]["recipe"])) == asked and {"rows", "metric", "scores"} <= set(
+            report
+        )
         if not is_ours or not work.is_dir():
             return False
         if any(work.iterdir()):
-            known = json.loads(stamp.read_text(encoding="utf-8"))
+            known = chosen_options(stamp.read_text(encoding="utf-8"))
             known.pop(CONTENT, None)
             if known != asked:
                 return False

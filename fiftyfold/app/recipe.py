@@ -24,7 +24,7 @@ class Recipe:
     layers: str | list[int] = "all"
     keep: int | None = None
     targets: str | list[str] = "default"
-    vocabulary: str = "all"
+    vocabulary: str | None = None
     stages: int = 1
     epochs: int = 6
     batch_size: int = 32

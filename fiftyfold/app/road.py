@@ -170,7 +170,7 @@ def deliver(
         folder: where it goes.
         extra_rows: rows to show between the teacher's and the student's.
     """
-    # What goes to disk is what is scored: rounded first, the trained model and the reloaded one are equal.
+    # What goes to disk is what is scored: rounded first, the trained model and the reloaded one have equal weights.
     round_rest(module.student)
     report = {"recipe": recipe.to_json(), "trained": score(module, data)}
     export(module.student, aside, tokenizer=data.tokenizer, report=report, overwrite=True)
@@ -212,7 +212,7 @@ def compare(recipe: Recipe, data: GLUEDataModule, folder: Path) -> tuple[list[Ro
         The rows of teacher and student, and all their development metrics by name.
     """
     teacher, student = FineTuningModule(recipe.teacher), FineTuningModule(load(folder))
-    read = data if recipe.vocabulary == "all" else build_data(recipe)  # in the teacher's own tokens
+    read = data if recipe.vocabulary is None else build_data(recipe)  # in the teacher's own tokens
     scores = {"teacher": score(teacher, read), "reloaded": score(student, data)}
     latency = measure_latency({"teacher": teacher.model, "student": student.model}, first_batch(data))
     rows = [

@@ -57,7 +57,8 @@ def claim_output(folder: Path) -> None:
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FiftyfoldError(f"{folder} already holds something; name another output folder, or move that one away.")
-    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    # The parent takes the folder under its name, which is made beside it.
+    above = next(place for place in folder.absolute().parents if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise FiftyfoldError(
             f"{folder} cannot be written: {above} is read-only, or no folder; name an output folder elsewhere."
@@ -119,7 +120,7 @@ def _stamp_options(stamp: Path, options: str, *, begun: bool) -> None:
     found = stamp.read_text(encoding="utf-8")
     if not begun:
         stamp.write_text(options, encoding="utf-8")
-    elif not _are_equal(_chosen(found), _chosen(options)):
+    elif not _are_equal(chosen_options(found), chosen_options(options)):
         raise FiftyfoldError(
             f"{stamp.parent} holds an unfinished run with other options, or of a model or text that has changed; "
             "repeat that command to finish it, or delete the folder to begin anew."
@@ -133,7 +134,7 @@ def _are_equal(found: Any, options: Any) -> bool:
     return bool(found == options)
 
 
-def _chosen(options: str) -> Any:
+def chosen_options(options: str) -> Any:
     """Return the options that are set: a version that knows more of them has the others unset."""
     try:
         return {name: value for name, value in json.loads(options).items() if value is not None}

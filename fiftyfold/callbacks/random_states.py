@@ -146,11 +146,9 @@ class RandomStates(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Lightning makes the validation loader's iterator, which draws a seed, before on_validation_start.
-        loop = trainer.fit_loop.epoch_loop
-        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        # By the clock, validation may become due until Lightning asks itself.
-        if due or trainer._val_check_time_interval is not None:
+        # Lightning makes the validation loader's iterator, which draws a seed, before on_validation_start; and until it
+        # asks itself whether to validate, the clock or a callback that stops the training may make that due.
+        if trainer.enable_validation:
             self._before_validation = capture_random_states()
 
     @override

@@ -94,6 +94,8 @@ def compiled_library() -> Path:
         with _lock(name.with_suffix(".lock")):
             if (found := _whole(name)) is not None:
                 return found
+            for damaged in _built(name):
+                damaged.unlink()
             return compile_library(name, command)
     except OSError as error:
         raise FiftyfoldError(

@@ -181,11 +181,14 @@ def check_numbers(x: torch.Tensor) -> None:
         raise FiftyfoldError(f"the input is laid out as {x.layout}, but a layer takes dense ones; use x.to_dense().")
 
 
-@functools.cache
+# Asked when the module is imported, since torch.compile cannot trace the question.
+_X86 = platform.machine().lower() in {"x86_64", "amd64", "i386", "i686", "x86"}
+_INT8_PRODUCT_IS_EXACT = not _X86 or bool(torch.cpu._is_vnni_supported())
+
+
 def int8_product_is_exact() -> bool:
     """Tell whether products of any int8 codes on this CPU cannot saturate.
 
     x86 without VNNI adds pairs of products in 16 bits, which is too few for 8-bit codes on both sides.
     """
-    x86 = platform.machine().lower() in {"x86_64", "amd64", "i386", "i686", "x86"}
-    return not x86 or bool(torch.cpu._is_vnni_supported())
+    return _INT8_PRODUCT_IS_EXACT

@@ -14,6 +14,7 @@ import torch
 from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.backends import LIBRARY, backend_for
 from fiftyfold.kernels.cpu import cpu_status
+from fiftyfold.kernels.linear import check_numbers
 
 LIBRARY.define("table_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits) -> Tensor")
 _OPERATOR = torch.ops.fiftyfold.table_linear.default
@@ -62,6 +63,7 @@ def _elsewhere(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
     """Compute what an exported program brings before anything asked for the library."""
+    check_numbers(x)
     key = "fiftyfold::table_linear", "CPU"
     known = torch._C._dispatch_has_kernel_for_dispatch_key(*key)
     if x.device.type == "cpu" and not known and has_tables():

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -132,3 +133,18 @@ def test_validation_leaves_the_random_numbers_of_training_alone(step, interval, 
     whole, _ = train(Remembering(), tmp_path, **options)
     assert equal(whole, train(Remembering(), path=tmp_path / f"step={step}.ckpt", **options)[0])
     assert equal(whole, train(Remembering())[0]), "a run that validates nothing is the same"
+
+
+def test_a_validation_that_stopping_brings_leaves_them_alone_too():
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.global_step == 3
+
+    states = []
+    for batches in (2, 0):
+        torch.manual_seed(1)
+        trainer = make_trainer([RandomStates(), Stop()], limit_val_batches=batches)
+        trainer.fit(Learner(), Remembering(), DataLoader(Reviews(), batch_size=3))
+        assert trainer.global_step == 3
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -90,7 +90,7 @@ void check_linear(const LinearArguments& a) {
 
 // The bias in float32, in `room` if it has another type.
 const float* read_bias(const Tensor& bias, std::vector<float>& room) {
-  const FloatType type = float_type(bias.type(), "packed_linear: the bias must be float32, bfloat16 or float16");
+  const FloatType type = float_type(bias.type(), "the bias must be float32, bfloat16 or float16");
   const int64_t size = bias.size(0);
   if (type == FloatType::float32 && bias.is_contiguous()) return bias.data<float>();
   room.resize(static_cast<size_t>(size));

@@ -54,6 +54,8 @@ class PackedLayer(nn.Module):
     weight_scale: torch.Tensor
     activation_low: torch.Tensor | None
     activation_high: torch.Tensor | None
+    # What an earlier version pickled has none of its own.
+    _tabled: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, rows: int, columns: int, settings: LayerSettings, device: torch.device | None = None) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class PackedLayer(nn.Module):
         self.settings = settings
         self._codes: torch.Tensor | None = None
         self._arranged: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._tabled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tabled = None
         content = torch.empty(packed_bytes(rows * columns, settings.weight.bits), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(content, requires_grad=False)
         scales = scale_shape((rows, columns), settings.weight)
@@ -150,12 +152,12 @@ class PackedLayer(nn.Module):
         """Return a copy that is as ready as this layer, since ``torch.compile`` can make nothing ready."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._is_prepared():
+        if self._is_prepared() and not self.weight.is_meta:
             copied.prepare()
         return copied
 
     def _is_prepared(self) -> bool:
-        return self._arranged is not None or self._tabled is not None
+        return any(kept is not None for kept in (self._codes, self._arranged, self._tabled))
 
     def _static_range(self, x: torch.Tensor, settings: ActivationSettings) -> list[torch.Tensor]:
         """Return the observed range; a layer that observed nothing takes that of ``x``, as it does untrained."""
@@ -228,8 +230,9 @@ class PackedLinear(PackedLayer):
 
     def prepare(self) -> None:
         """Do now what the first call would do for its device: compile kernels, arrange the weight for them."""
-        settings = self.settings.activation
-        if current_path() == "integer" and settings is not None and settings.symmetric:
+        if current_path() == "reference":
+            self.codes()
+        elif self._multiplies_integers():
             self.arranged()
         elif self._has_tables(self.weight.device):
             self.tabled()
@@ -238,20 +241,23 @@ class PackedLinear(PackedLayer):
 
     def takes_integers(self, x: torch.Tensor) -> bool:
         """Tell whether the layer computes an input in integers, and not by fake quantization."""
-        settings = self.settings.activation
-        if settings is None or not settings.symmetric or current_path() == "reference" or self._has_gradient(x):
+        if not self._multiplies_integers() or current_path() == "reference" or self._has_gradient(x):
             return False
-        return x.numel() > 0 and self.columns <= largest_inputs(settings.bits)
+        return x.numel() > 0
+
+    def _multiplies_integers(self) -> bool:
+        settings = self.settings.activation
+        return settings is not None and settings.symmetric and self.columns <= largest_inputs(settings.bits)
 
     def _takes_tables(self, x: torch.Tensor) -> bool:
         """Tell whether the layer multiplies an input, which stays in floating point, by tables."""
-        if x.numel() == 0 or x.dtype not in FLOAT_TYPES or self._has_gradient(x):
+        if x.numel() == 0 or x.dtype not in FLOAT_TYPES or current_path() == "reference" or self._has_gradient(x):
             return False
         return self._tabled is not None if torch.compiler.is_compiling() else self._has_tables(x.device)
 
     def _has_tables(self, device: torch.device) -> bool:
         shared = self.weight_scale.shape[1] == 1 and self.settings.weight.bits in PACKED_BITS
-        return shared and device.type == "cpu" and current_path() == "integer" and has_tables()
+        return shared and device.type == "cpu" and has_tables()
 
     def _has_gradient(self, x: torch.Tensor) -> bool:
         bias = self.bias is not None and self.bias.requires_grad

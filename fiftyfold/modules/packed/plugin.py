@@ -149,7 +149,8 @@ def _careful(save: Callable[..., None]) -> Callable[..., None]:
         if changed and not isinstance(getattr(self, "hf_quantizer", None), FiftyfoldQuantizer):
             raise FiftyfoldError(
                 f"save_pretrained would write {changed[0]!r} and others without their quantizers or networks, and "
-                f"{type(self).__name__} would come back as another model; use fiftyfold.export(model, folder)."
+                f"{type(self).__name__} would come back as another model; use fiftyfold.export(model, folder), "
+                "and with transformers' Trainer save_strategy='no'."
             )
         save(self, *arguments, **options)
 

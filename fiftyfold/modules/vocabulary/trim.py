@@ -62,6 +62,9 @@ def trim_vocabulary(
         same = all(map(_are_equal, before, after))
     except (IndexError, RuntimeError):
         same = False
+    except BaseException:
+        changes.undo()
+        raise
     if not same:
         changes.undo()
         raise FiftyfoldError(

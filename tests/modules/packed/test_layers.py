@@ -122,6 +122,10 @@ def test_inputs_that_are_no_integers_are_multiplied_by_tables(kind, bits, granul
         assert packed._tabled is not None
         assert packed._codes is None  # nothing is held but what the product reads
         assert torch.equal(compiled(x), packed(x))
+        with use_path("reference"):
+            assert torch.equal(packed(x), expected)
+            torch.compiler.reset()
+            assert torch.equal(compiled(x), expected)
         packed.to(torch.bfloat16)
         assert packed._tabled is not None
         assert torch.allclose(packed(x.bfloat16()).float(), expected, atol=0.05)
@@ -217,15 +221,26 @@ def test_copies_and_pickles_compute_the_same_and_carry_no_remembered_codes():
     assert torch.equal(pickle.loads(pickle.dumps(packed))(x), expected)
 
 
+@pytest.mark.parametrize("weight", [WeightSettings(), WeightSettings(1, "per_group", 32), WeightSettings(4)], ids=str)
 @pytest.mark.parametrize("activation", [ActivationSettings(), None], ids=str)
-def test_a_copy_of_a_layer_that_is_ready_can_be_compiled(activation):
-    _, packed = pair(nn.Linear(64, 64), LayerSettings(WeightSettings(), activation))
+def test_a_copy_of_a_layer_that_is_ready_can_be_compiled(weight, activation):
+    _, packed = pair(nn.Linear(64, 64), LayerSettings(weight, activation))
     x = torch.randn(2, 64)
     with torch.no_grad():
         expected = packed(x)
         copied = copy.deepcopy(nn.Sequential(packed))
         compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("activation", [ActivationSettings(), None], ids=str)
+def test_what_an_earlier_version_pickled_computes(activation):
+    _, packed = pair(nn.Linear(64, 64), LayerSettings(WeightSettings(), activation))
+    earlier = type(packed).__new__(type(packed))
+    earlier.__setstate__({name: value for name, value in packed.__getstate__().items() if name != "_tabled"})
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        assert torch.equal(earlier.to("cpu")(x), packed(x))
 
 
 def test_an_embedding_that_renormalizes_cannot_be_packed():
