@@ -12,11 +12,10 @@ import argparse
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from table_product import time_in_turn
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,7 +60,7 @@ def measure_cell(tokens: int, inputs: int, outputs: int, bits: int, threads: int
         with use_path("reference"):
             return packed(x)
 
-    times = time_in_turn({"float32": lambda: F.linear(x, weight), "tables": lambda: packed(x), "built": built})
+    times = time_in_turn({"float32": lambda: F.linear(x, weight), "tables": lambda: packed(x), "built": built}, ROUNDS)
     cell = {"threads": threads, "bits": bits, "tokens": tokens, "inputs": inputs, "outputs": outputs}
     milliseconds = {name: round(1000 * statistics.median(rounds), 3) for name, rounds in times.items()}
     gains = {
@@ -70,18 +69,6 @@ def measure_cell(tokens: int, inputs: int, outputs: int, bits: int, threads: int
     }
     print(cell, milliseconds, f"{gains['float32']} and {gains['built']} times as fast", flush=True)
     return {**cell, "milliseconds": milliseconds, "gain": gains}
-
-
-def time_in_turn(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return the seconds of each call in each round; the second of two calls counts, whose memory is warm."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            call()
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return times
 
 
 if __name__ == "__main__":

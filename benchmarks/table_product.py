@@ -60,10 +60,10 @@ def measure_cell(tokens: int, inputs: int, outputs: int, bits: int, threads: int
     return {**cell, "milliseconds": milliseconds, "gain": round(gain, 2)}
 
 
-def time_in_turn(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def time_in_turn(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Return the seconds of each call in each round; the second of two calls counts, whose memory is warm."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
             call()
             begin = time.perf_counter()
