@@ -23,7 +23,7 @@ def test_a_kill_changes_neither_the_scores_nor_the_best_weights(
     recipe = Recipe(teacher="teacher", task="sst2", data="data", epochs=3, learning_rate=1e-3)
 
     def run(work: Path, resume_from: Path | None = None) -> dict[str, torch.Tensor]:
-        module = build_module(recipe)
+        module = build_module(recipe, recipe.teacher)
         training.train(
             module,
             build_data(recipe),

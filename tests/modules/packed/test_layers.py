@@ -33,6 +33,14 @@ ACTIVATIONS = [
 ]
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Compile as a process does that compiled nothing before, and leave it so; torch compiles one code 8 times."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def pair(layer: nn.Module, chosen: LayerSettings) -> tuple[QuantizedLayer, PackedLayer]:
     activate(layer, chosen)
     layer.eval()
@@ -111,6 +119,7 @@ def test_the_integer_path_agrees_within_its_tolerance(rows, inputs, outputs, bit
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_inputs_that_are_no_integers_are_multiplied_by_tables(kind, bits, granularity, activation):
     trained, packed = pair(linear_layer(kind, 50, 30), LayerSettings(weights(bits, granularity), activation))
     packed.forget_codes()
@@ -223,6 +232,7 @@ def test_copies_and_pickles_compute_the_same_and_carry_no_remembered_codes():
 
 @pytest.mark.parametrize("weight", [WeightSettings(), WeightSettings(1, "per_group", 32), WeightSettings(4)], ids=str)
 @pytest.mark.parametrize("activation", [ActivationSettings(), None], ids=str)
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_copy_of_a_layer_that_is_ready_can_be_compiled(weight, activation):
     _, packed = pair(nn.Linear(64, 64), LayerSettings(weight, activation))
     x = torch.randn(2, 64)
