@@ -193,7 +193,8 @@ def test_a_worker_that_dies_ends_the_training_and_the_last_checkpoint_stays(plac
         callbacks=[RandomStates(), saver],
         plugins=[DurableCheckpointIO()],
     )
-    with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly|killed by signal"):
+    # Torch's own error, unless the worker dies while the batch that it had ready is being fetched.
+    with pytest.raises((RuntimeError, ConnectionError), match=r"worker .* exited unexpectedly|killed by signal|peer"):
         trainer.fit(DeadWorkerError(str(place / "teacher")), datamodule=data)
     saved = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     assert torch.load(saved, weights_only=True)["global_step"] >= 2
