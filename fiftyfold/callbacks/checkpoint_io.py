@@ -39,7 +39,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         place = Path(path)
         handled = sys.exception()
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            # Asked first, lest an error from a signal's handler seem to come from a folder that is there already.
+            if not place.parent.is_dir():
+                place.parent.mkdir(parents=True, exist_ok=True)
             with replaced_file(place) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
