@@ -61,7 +61,7 @@ def travel(recipe: Recipe, folder: Path, extra_rows: Sequence[Row] = ()) -> list
     claim_output(folder)
     quiet_lightning()
     data, teacher = _prepare(recipe), recipe.teacher
-    if recipe.vocabulary == "texts":
+    if recipe.vocabulary is not None:
         data, teacher = trim(recipe, data)
     module = build_module(recipe, teacher)
     check_input(recipe, module, data)

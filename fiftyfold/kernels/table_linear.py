@@ -6,7 +6,6 @@ threads; then they are rescaled. See :mod:`fiftyfold.kernels.table_product` for 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -15,6 +14,7 @@ from fiftyfold.errors import FiftyfoldError
 from fiftyfold.kernels.backends import LIBRARY, backend_for
 from fiftyfold.kernels.cpu import cpu_status
 from fiftyfold.kernels.linear import check_numbers
+from fiftyfold.kernels.table_product import table_functions
 
 LIBRARY.define("table_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits) -> Tensor")
 _OPERATOR = torch.ops.fiftyfold.table_linear.default
@@ -35,8 +35,8 @@ def arrange_for_tables(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     outputs, inputs = codes.shape
     codes = codes.contiguous()
-    weight = torch.empty(_native().ff_tabled_bytes(outputs, inputs, bits), dtype=torch.uint8, device="cpu")
-    _native().ff_arrange_for_tables(codes.data_ptr(), outputs, inputs, bits, weight.data_ptr())
+    weight = torch.empty(table_functions().ff_tabled_bytes(outputs, inputs, bits), dtype=torch.uint8, device="cpu")
+    table_functions().ff_arrange_for_tables(codes.data_ptr(), outputs, inputs, bits, weight.data_ptr())
     return weight
 
 
@@ -80,16 +80,3 @@ def _shape(x: torch.Tensor, _: torch.Tensor, scale: torch.Tensor, *__: object) -
 
 LIBRARY.impl("table_linear", _elsewhere, "CompositeExplicitAutograd")
 torch.library.register_fake("fiftyfold::table_linear", _shape, lib=LIBRARY)
-
-
-@functools.cache
-def _native() -> ctypes.CDLL:
-    status = cpu_status()
-    assert status.library is not None
-    library = status.library.functions
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.ff_tabled_bytes.argtypes = [count, count, number]
-    library.ff_tabled_bytes.restype = count
-    library.ff_arrange_for_tables.argtypes = [pointer, count, count, number, pointer]
-    library.ff_arrange_for_tables.restype = None
-    return library

@@ -24,8 +24,8 @@ def find_entries(codes: torch.Tensor, bits: int) -> torch.Tensor:
         bits: 1 or 2.
     """
     outputs, inputs = codes.shape
-    entries = torch.empty(_native().ff_entries_bytes(outputs, inputs, bits), dtype=torch.uint8, device="cpu")
-    _native().ff_find_entries(codes.contiguous().data_ptr(), outputs, inputs, bits, entries.data_ptr())
+    entries = torch.empty(table_functions().ff_entries_bytes(outputs, inputs, bits), dtype=torch.uint8, device="cpu")
+    table_functions().ff_find_entries(codes.contiguous().data_ptr(), outputs, inputs, bits, entries.data_ptr())
     return entries
 
 
@@ -44,14 +44,15 @@ def multiply_rows(
     rows, scale = rows.contiguous(), scale.contiguous()
     y = rows.new_empty((len(rows), inputs))
     per_tensor = int(len(scale) == 1)
-    _native().ff_multiply_rows(
+    table_functions().ff_multiply_rows(
         rows.data_ptr(), *rows.shape, inputs, bits, entries.data_ptr(), scale.data_ptr(), per_tensor, y.data_ptr()
     )  # fmt: skip
     return y
 
 
 @functools.cache
-def _native() -> ctypes.CDLL:
+def table_functions() -> ctypes.CDLL:
+    """Return the library with what it has for tables declared; there must be one."""
     status = cpu_status()
     assert status.library is not None
     library = status.library.functions
@@ -62,4 +63,8 @@ def _native() -> ctypes.CDLL:
     library.ff_find_entries.restype = None
     library.ff_multiply_rows.argtypes = [pointer, count, count, count, number, pointer, pointer, number, pointer]
     library.ff_multiply_rows.restype = None
+    library.ff_tabled_bytes.argtypes = [count, count, number]
+    library.ff_tabled_bytes.restype = count
+    library.ff_arrange_for_tables.argtypes = [pointer, count, count, number, pointer]
+    library.ff_arrange_for_tables.restype = None
     return library
